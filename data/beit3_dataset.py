@@ -1,0 +1,113 @@
+"""BEiT-3's samples: records of an index file or of one's own data, to image and token tensors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collate import pad_tokens
+from data.errors import DataError
+from data.files import resolve_inside
+from data.images import load_image
+from data.own_vqa import VQARecord
+from data.tokenizers.spm import XLMRTokenizer
+
+ImageTransform = Callable[[Any, np.random.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class VQASample:
+    """One question with its image."""
+
+    sample_id: int  # row of the index
+    question_id: int
+    image: Tensor  # (3, S, S) uint8
+    tokens: list[int]  # with the special tokens at both ends
+    labels: Sequence[int]
+    scores: Sequence[float]
+    image_replaced: bool
+
+
+class BEiT3VQADataset:
+    """Questions and images of one split."""
+
+    def __init__(
+        self,
+        records: Sequence[VQARecord],
+        image_root: Path,
+        transform: ImageTransform,
+        tokenizer: XLMRTokenizer,
+        *,
+        image_size: int,
+        max_tokens: int = 64,
+        replace_broken_images: bool = False,
+    ) -> None:
+        """Samples of ``records``; questions are cut to ``max_tokens`` with their two special tokens.
+
+        Args:
+            records: rows of the index.
+            image_root: folder that the records' image paths are relative to, and must not leave.
+            transform: image → (3, S, S) uint8.
+            tokenizer: builds the token segment.
+            image_size: S in pixels, for the grey stand-in of a broken image.
+            max_tokens: longest segment, special tokens included.
+            replace_broken_images: put a grey image where one cannot be read, instead of stopping.
+        """
+        self._records, self._root, self._transform, self._tokenizer = records, image_root, transform, tokenizer
+        self._image_size, self._max_tokens = image_size, max_tokens
+        self._replace_broken_images = replace_broken_images
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self._records)
+
+    def sample(self, index: int, rng: np.random.Generator) -> VQASample:
+        """Read, decode and transform question ``index``."""
+        record = self._records[index]
+        replaced = False
+        try:
+            image = self._transform(load_image(resolve_inside(self._root, record.image_path)), rng)
+        except DataError:
+            if not self._replace_broken_images:
+                raise
+            replaced = True
+            image = torch.full((3, self._image_size, self._image_size), 128, dtype=torch.uint8)
+        return VQASample(
+            sample_id=index,
+            question_id=record.question_id,
+            image=image,
+            tokens=self._tokenizer.build_segment(record.tokens, self._max_tokens),
+            labels=record.labels,
+            scores=record.scores,
+            image_replaced=replaced,
+        )
+
+
+class VQACollate:
+    """Joins samples into a batch, text padded to the longest question."""
+
+    def __init__(self, pad_id: int, num_answers: int, *, multiple_of: int = 1) -> None:
+        """``multiple_of`` rounds text lengths up, see ``pad_tokens``."""
+        self._pad_id, self._num_answers, self._multiple_of = pad_id, num_answers, multiple_of
+
+    def __call__(self, samples: list[VQASample]) -> dict[str, Any]:
+        """Batch with ``image`` (B, 3, S, S) uint8, ``question``, ``padding_mask`` (or None), ``targets``, ids."""
+        question, padding_mask = pad_tokens(
+            [sample.tokens for sample in samples], self._pad_id, multiple_of=self._multiple_of
+        )
+        targets = torch.zeros(len(samples), self._num_answers)
+        for row, sample in enumerate(samples):
+            targets[row, list(sample.labels)] = torch.tensor(list(sample.scores), dtype=torch.float32)
+        return {
+            "image": torch.stack([sample.image for sample in samples]),
+            "question": question,
+            "padding_mask": padding_mask,
+            "targets": targets,
+            "question_id": [sample.question_id for sample in samples],
+            "sample_id": [sample.sample_id for sample in samples],
+            "images_replaced": sum(sample.image_replaced for sample in samples),
+        }

@@ -1,0 +1,1 @@
+"""Scores of benchmarks: predictions and references in, fractions out; one file each."""

@@ -1,0 +1,158 @@
+"""Questions of one's own: a JSON-lines file with images, questions and answers as text, read into the same records.
+
+A line is {"image": path, "question": text, "answers": [text, ...] or absent, "question_id": whole number or absent};
+the image path is relative to the data folder. Unlike in the VQA v2 index, answers are compared after normalisation on
+both sides, and any number of people may have answered (``soft_score`` scales to ten).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.files import check_relative, iterate_jsonl
+from data.tokenizers.spm import XLMRTokenizer
+from data.vqa_answers import AnswerVocabulary, normalize_answer, soft_score
+from data.vqav2 import VQARecord, parse_index_line
+
+OWN_KEYS = {"image", "question", "answers", "question_id"}
+SCHEMA = '{"image": "photos/1.jpg", "question": "what is it?", "answers": ["dog"]}'
+
+
+def read_vqa_file(
+    path: str | Path,
+    tokenizer: XLMRTokenizer,
+    vocabulary: AnswerVocabulary | None,
+    *,
+    drop_unlabelled: bool = False,
+) -> list[VQARecord]:
+    """Records of a file of one's own or of an index file, told apart by the keys of each line.
+
+    Question ids that are absent are running numbers from 0 over the file; they stand on all lines or on none.
+
+    Args:
+        path: JSON-lines file.
+        tokenizer: of the model.
+        vocabulary: the answers that the model knows; None only for files without answers.
+        drop_unlabelled: leave out the questions of which no answer is known (training).
+
+    Raises:
+        DataError: a wrong key or type, an empty question, an id that stands twice, answers without a vocabulary; file
+            and line are named. Also if ``drop_unlabelled`` leaves nothing.
+    """
+    records: list[VQARecord] = []
+    line_of: dict[int, int] = {}
+    shared: dict[Any, Any] = {}
+    num_answers = None if vocabulary is None else len(vocabulary)
+    own_ids: bool | None = None
+    is_index: bool | None = None
+    for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
+        where = f"{path}:{number}"
+        if is_index is None:
+            is_index = "image_path" in row and "image" not in row
+        if is_index:
+            record = parse_index_line(row, shared, num_answers, tokenizer.vocab_size, lambda w=where: w)
+        else:
+            has_id = row.get("question_id") is not None
+            own_ids = has_id if own_ids is None else own_ids
+            if has_id != own_ids:
+                raise DataError(f"{where}: question_id must stand on every line or on none")
+            record = _own_record(row, number=len(line_of), where=where, tokenizer=tokenizer, vocabulary=vocabulary)
+        if record.question_id in line_of:
+            first = line_of[record.question_id]
+            raise DataError(f"{where}: question_id {record.question_id} stands on line {first} already; ids are unique")
+        line_of[record.question_id] = number
+        if record.labels or not drop_unlabelled:
+            records.append(record)
+    if not records:
+        raise DataError(
+            f"{path}: none of the {len(line_of)} questions has an answer of the answer list: give the list that was "
+            "built from these data"
+        )
+    return records
+
+
+def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> AnswerVocabulary:
+    """Answer list of own data: the normalised answers given at least ``min_count`` times in all files together.
+
+    Labels follow the first appearance. Every entry of every "answers" counts; lines without answers are passed over.
+
+    Raises:
+        DataError: no answer is left, or a line is unusable (file and line are named).
+    """
+    counts: Counter[str] = Counter()
+    names = []
+    for path in files:
+        names.append(str(path))
+        for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
+            where = f"{path}:{number}"
+            if "image_path" in row:
+                raise DataError(f"{where}: an index line has labels, not answers: use its answer2label.txt")
+            counts.update(map(own_answer, _answers(row, where) or ()))
+    kept = [answer for answer, count in counts.items() if count >= min_count]
+    if not kept:
+        raise DataError(f"no answer stands {min_count} times in {', '.join(names)}: add answers or lower the count")
+    return AnswerVocabulary(kept, source=", ".join(names))
+
+
+def own_answer(text: str) -> str:
+    """Normalised answer; one of which nothing would be left (the choice "A" is an article) only lower-cased."""
+    return normalize_answer(text) or " ".join(text.lower().split())
+
+
+def own_targets(answers: list[str], vocabulary: AnswerVocabulary) -> tuple[list[int], list[float]]:
+    """Labels and scores of one question: each answer is looked up as it stands, else normalised, then counted.
+
+    Args:
+        answers: what people said, at least one.
+        vocabulary: known answers.
+
+    Returns:
+        Distinct labels in order of first appearance and scores in (0, 1] by ``soft_score``, which scales to ten people.
+    """
+    known = (answer if answer in vocabulary else own_answer(answer) for answer in answers)
+    counts = Counter(vocabulary.label(answer) for answer in known)
+    counts.pop(None, None)
+    return list(counts), [soft_score(count, len(answers)) for count in counts.values()]
+
+
+def _own_record(
+    row: dict, *, number: int, where: str, tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None
+) -> VQARecord:
+    unknown = sorted(row.keys() - OWN_KEYS)
+    if unknown:
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; a line is {SCHEMA}, with an optional question_id")
+    image = check_relative(row.get("image"), f'{where}: "image"')
+    question = row.get("question")
+    if type(question) is not str or not question.strip():
+        raise DataError(f'{where}: "question" must be a text that is not empty, got {question!r:.80}')
+    try:
+        tokens = tokenizer.encode(question)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if not tokens:
+        raise DataError(f"{where}: the question {question!r:.80} has no tokens")
+    question_id = number if row.get("question_id") is None else row["question_id"]
+    if type(question_id) is not int:
+        raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")
+    answers = _answers(row, where)
+    labels: list[int] = []
+    scores: list[float] = []
+    if answers:
+        if vocabulary is None:
+            raise DataError(f"{where}: the line has answers, but there is no answer list to number them by")
+        labels, scores = own_targets(answers, vocabulary)
+    return VQARecord(image, tuple(tokens), tuple(labels), tuple(scores), question_id)
+
+
+def _answers(row: dict, where: str) -> list[str] | None:
+    answers = row.get("answers")
+    if answers is None:
+        return None
+    if type(answers) is not list or not answers or not all(type(a) is str and a.strip() for a in answers):
+        raise DataError(
+            f'{where}: "answers" must be a list of texts that are not empty, such as ["dog", "puppy"], or left out; '
+            f"got {answers!r:.80}"
+        )
+    return answers

@@ -1,0 +1,93 @@
+"""Which samples a process reads, in which order: pure functions of seed, epoch and position, so any run can resume."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.errors import DataError
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """One draw of one sample: its random numbers come from (seed, epoch, index) alone."""
+
+    epoch: int
+    index: int
+
+
+class TrainBatchSampler:
+    """Micro-batches of one process, shuffled anew each epoch; every optimizer step is whole.
+
+    Step s of an epoch reads the same samples whatever the number of processes, as long as ``batch_size *
+    accumulation_steps * world_size`` stays the same: the epoch's order is cut into steps, then into micro-batches,
+    then over the ranks. Samples that do not fill the last step are left to other epochs' orders.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """See the class; ``batch_size`` is that of one process and micro-batch.
+
+        Raises:
+            DataError: no positive batch size, or fewer samples than one step needs.
+        """
+        if batch_size < 1 or accumulation_steps < 1:
+            raise DataError(
+                f"--batch_size and --update_freq must be at least 1, got {batch_size} and {accumulation_steps}"
+            )
+        self.samples_per_step = batch_size * accumulation_steps * world_size
+        self.steps_per_epoch = num_samples // self.samples_per_step
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{num_samples} training samples do not fill one step of {self.samples_per_step} "
+                f"(batch_size {batch_size} x update_freq {accumulation_steps} x processes {world_size}): "
+                "lower --batch_size or add data"
+            )
+        self._num_samples, self._batch_size, self._accumulation_steps = num_samples, batch_size, accumulation_steps
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._epoch, self._first_step = 0, 0
+
+    def set_position(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration runs from optimizer step ``first_step`` of ``epoch`` to the epoch's end."""
+        self._epoch, self._first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        """Number of micro-batches of the next iteration."""
+        return (self.steps_per_epoch - self._first_step) * self._accumulation_steps
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Lists of keys, one list a micro-batch."""
+        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._num_samples)
+        for step in range(self._first_step, self.steps_per_epoch):
+            for micro_batch in range(self._accumulation_steps):
+                start = step * self.samples_per_step
+                start += (micro_batch * self._world_size + self._rank) * self._batch_size
+                yield [SampleKey(self._epoch, int(index)) for index in order[start : start + self._batch_size]]
+
+
+class EvalBatchSampler:
+    """Batches of one process such that all processes together see every sample exactly once, none repeated."""
+
+    def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        """Rank r reads samples r, r + world_size, …; the last batches may be short or missing on some ranks."""
+        if batch_size < 1:
+            raise DataError(f"--eval_batch_size must be at least 1, got {batch_size}")
+        self._indices = range(rank, num_samples, world_size)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Number of batches of this process."""
+        return -(-len(self._indices) // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Lists of keys in file order."""
+        for start in range(0, len(self._indices), self._batch_size):
+            yield [SampleKey(0, index) for index in self._indices[start : start + self._batch_size]]

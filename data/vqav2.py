@@ -1,0 +1,474 @@
+"""VQA v2: official files to index files (BEiT-3's format), index files to records.
+
+Source: the index builder of BEiT-3's VQAv2 dataset. Departures: images are taken in sorted order and the 1000 images of
+rest_val by a seeded rule, so that two builds are equal byte for byte; the val questions without a known answer, which
+the original drops, are kept beside (``*.unlabelled.jsonl``), since the official accuracy counts them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from sys import intern
+from typing import Any, TextIO
+
+from data.errors import DataError
+from data.files import check_relative, iterate_jsonl, open_atomic, read_json
+from data.tokenizers.spm import XLMRTokenizer
+from data.vqa_answers import AnswerVocabulary, soft_targets
+
+ANSWER_FILE = "answer2label.txt"
+SPLIT_FILES = {  # what training and evaluation read
+    "train": ("vqa.train.jsonl", "vqa.trainable_val.jsonl"),
+    "val": ("vqa.rest_val.jsonl",),
+    "test": ("vqa.test.jsonl",),
+    "test-dev": ("vqa.test-dev.jsonl",),
+}
+# all of val is rest_val while it has at most 1000 images, and every question may have a known answer
+MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", "vqa.val.unlabelled.jsonl", "vqa.rest_val.unlabelled.jsonl")
+ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
+ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
+IMAGE_PLACES = ("", "images")
+QUESTION_FILE = "v2_OpenEnded_mscoco_{}_questions.json"
+ANSWERS_FILE = "v2_mscoco_{}_annotations.json"
+TRAIN, VAL, TEST = "train2014", "val2014", "test2015"
+TEST_SPLITS = (("test", TEST), ("test-dev", "test-dev2015"))  # both ask about the images of test2015
+
+Progress = Callable[[Iterable, str], Iterable]
+
+
+@dataclass(frozen=True, slots=True)
+class VQARecord:
+    """One question; the tuples are shared between records that have the same content.
+
+    Attributes:
+        image_path: relative to the data folder.
+        tokens: ids of the question without begin and end.
+        labels: labels of the known answers; empty where there is none or the split has no answers.
+        scores: in [0, 1], parallel to ``labels``.
+        question_id: the data set's own number.
+    """
+
+    image_path: str
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    scores: tuple[float, ...]
+    question_id: int
+
+
+@dataclass
+class IndexSummary:
+    """What a build found, wrote and left out.
+
+    Attributes:
+        found: (what, where) of each input.
+        num_lines: lines of each file written, by name.
+        num_answers: size of the answer list.
+        notes: what was left out and why, a sentence each.
+    """
+
+    found: list[tuple[str, str]] = field(default_factory=list)
+    num_lines: dict[str, int] = field(default_factory=dict)
+    num_answers: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def build_vqav2_index(
+    data_path: str | Path,
+    annotation_path: str | Path | None,
+    tokenizer: XLMRTokenizer,
+    output_path: str | Path | None = None,
+    *,
+    seed: int = 42,
+    min_answer_count: int = 9,
+    num_rest_val_images: int = 1000,
+    progress: Progress = lambda items, _: items,
+) -> IndexSummary:
+    """Write the index files ``vqa.*.jsonl`` and ``answer2label.txt`` from the official files of VQA v2.
+
+    Only questions whose image is in its folder are written, ordered by image name, then as in the question file.
+    rest_val takes the ``num_rest_val_images`` val images with the smallest SHA-256 of "<seed>:<image id>",
+    trainable_val the others. All files take their names together at the end.
+
+    Args:
+        data_path: folder with ``train2014``, ``val2014``, ``test2015``, directly or in ``images``.
+        annotation_path: folder of the six official JSON files; None looks in ``data_path`` and the usual places below.
+        tokenizer: turns questions into the ids that the index holds.
+        output_path: folder for the index files; ``data_path`` if None.
+        seed: of the rest_val rule.
+        min_answer_count: how often an answer must be the most common one, over train and val, to get a label.
+        num_rest_val_images: size of the own validation split, in images.
+        progress: wraps an iterable of images for display, given a description.
+
+    Returns:
+        Counts and remarks. The test splits are left out, with a remark, if their files or images are not there.
+
+    Raises:
+        DataError: a file or folder that is needed is missing; broken or contradicting annotations; no image present.
+    """
+    data_path = Path(data_path)
+    output_path = Path(output_path) if output_path else data_path
+    if num_rest_val_images < 1:
+        raise DataError(f"the number of rest_val images must be at least 1, got {num_rest_val_images}")
+    summary = IndexSummary()
+    splits = {name: _read_split(name, data_path, annotation_path, summary) for name in (TRAIN, VAL)}
+    vocabulary = AnswerVocabulary.from_annotations(
+        (answer for split in splits.values() for answer in split.multiple_choice_answers), min_answer_count
+    )
+    summary.num_answers = len(vocabulary)
+    encode = _QuestionEncoder(tokenizer)
+
+    with ExitStack() as stack:
+        writer = _IndexWriter(stack, output_path, summary.num_lines)
+        for row in vocabulary.rows():
+            writer.write(ANSWER_FILE, row)
+        writer.open("vqa.train.jsonl", "vqa.val.jsonl", "vqa.rest_val.jsonl", *MAY_BE_EMPTY)
+        num_unlabelled = 0
+        for row, _ in splits[TRAIN].rows(encode, vocabulary, progress):
+            num_unlabelled += not row["labels"]
+            if row["labels"]:
+                writer.write("vqa.train.jsonl", row)
+        if summary.num_lines["vqa.train.jsonl"] == 0:
+            raise DataError(
+                f"none of the {num_unlabelled} train questions has a known answer: lower --min_answer_count"
+            )
+        if num_unlabelled:
+            summary.notes.append(
+                f"{num_unlabelled} train questions left out: none of their answers is in {ANSWER_FILE}"
+            )
+
+        rest = _rest_val_images(splits[VAL].image_ids(), seed, num_rest_val_images)
+        for row, image_id in splits[VAL].rows(encode, vocabulary, progress):
+            ending = ".jsonl" if row["labels"] else ".unlabelled.jsonl"
+            writer.write("vqa.val" + ending, row)
+            if image_id in rest:
+                writer.write("vqa.rest_val" + ending, row)
+            elif row["labels"]:
+                writer.write("vqa.trainable_val.jsonl", row)
+        if summary.num_lines["vqa.rest_val.jsonl"] == 0:
+            raise DataError("no val question of rest_val has a known answer: lower --min_answer_count")
+
+        for name, split in TEST_SPLITS:
+            file_name = f"vqa.{name}.jsonl"
+            try:
+                test = _read_split(split, data_path, annotation_path, summary)
+            except _AbsentError as absent:
+                stale = f" (the {file_name} there is of an earlier run)" if (output_path / file_name).exists() else ""
+                summary.notes.append(f"{file_name} not written{stale}: {absent}")
+                continue
+            writer.open(file_name)
+            for row, _ in test.rows(encode, None, progress):
+                writer.write(file_name, row)
+    return summary
+
+
+class _AbsentError(DataError):
+    """A file or the images of a split are not there at all; for the test splits this only means to leave them out."""
+
+
+@dataclass
+class _Split:
+    """Questions of the images that are present, grouped by image, and all answers of the split (none for test)."""
+
+    name: str
+    question_path: Path
+    images: list[tuple[int, str]]  # (image id, path relative to the data folder), by name; only with questions
+    questions: dict[int, list[dict]]  # by image id
+    answers: dict[int, list[str]]  # by question id
+    multiple_choice_answers: list[str]  # in file order
+
+    def image_ids(self) -> list[int]:
+        return [image_id for image_id, _ in self.images]
+
+    def rows(
+        self, encode: "_QuestionEncoder", vocabulary: AnswerVocabulary | None, progress: Progress
+    ) -> Iterator[tuple[dict[str, Any], int]]:
+        """(index line, image id) of each question; labels and scores stay empty without a vocabulary."""
+        for image_id, image_path in progress(self.images, self.name):
+            for question in self.questions[image_id]:
+                qid = question["question_id"]
+                labels, scores = [], []
+                if vocabulary is not None:
+                    labels, scores = soft_targets(self.answers[qid], vocabulary)
+                tokens = encode(question["question"], f"{self.question_path}: question {qid}")
+                yield (
+                    {"image_path": image_path, "text_segment": tokens, "labels": labels, "scores": scores, "qid": qid},
+                    image_id,
+                )
+
+
+class _QuestionEncoder:
+    """Token ids of a question; the same question is asked of many images, so each text is encoded once."""
+
+    def __init__(self, tokenizer: XLMRTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str, where: str) -> list[int]:
+        tokens = self._known.get(text)
+        if tokens is None:
+            try:
+                tokens = self._tokenizer.encode(text)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if not tokens:
+                raise DataError(f"{where}: the question {text!r} has no tokens; every question needs a text")
+            self._known[text] = tokens
+        return tokens
+
+
+class _IndexWriter:
+    """The files of one build, opened by ``open`` or their first line, renamed together when the stack closes."""
+
+    def __init__(self, stack: ExitStack, folder: Path, num_lines: dict[str, int]) -> None:
+        self._stack, self._folder, self._num_lines = stack, folder, num_lines
+        self._files: dict[str, TextIO] = {}
+
+    def open(self, *names: str) -> None:
+        for name in names:
+            try:
+                self._files[name] = self._stack.enter_context(open_atomic(self._folder / name))
+            except PermissionError as error:
+                raise DataError(
+                    f"cannot write {self._folder / name} ({error.strerror}): make a folder of your own with links to "
+                    "train2014, val2014, test2015 and give it as --data_path"
+                ) from None
+            self._num_lines[name] = 0
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        if name not in self._files:
+            self.open(name)
+        self._files[name].write(json.dumps(row) + "\n")
+        self._num_lines[name] += 1
+
+
+def _rest_val_images(image_ids: list[int], seed: int, num_images: int) -> set[int]:
+    """A seeded draw that no library version changes, and that hardly moves when images are added."""
+    return set(sorted(image_ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:num_images])
+
+
+def _read_split(split: str, data_path: Path, annotation_path: str | Path | None, summary: IndexSummary) -> _Split:
+    is_test = split not in (TRAIN, VAL)
+    question_path = _find_annotation(QUESTION_FILE.format(split), data_path, annotation_path)
+    questions = _items(question_path, "questions", {"image_id": int, "question": str, "question_id": int})
+    found = [(f"{split} questions", str(question_path))]
+    answers: dict[int, list[str]] = {}
+    multiple_choice_answers: list[str] = []
+    if not is_test:
+        answers_path = _find_annotation(ANSWERS_FILE.format(split), data_path, annotation_path)
+        annotations = _items(
+            answers_path, "annotations", {"question_id": int, "multiple_choice_answer": str, "answers": list}
+        )
+        found.append((f"{split} annotations", str(answers_path)))
+        _check_answers(questions, question_path, annotations, answers_path)
+        # strings only, each once: the objects of all ten answers of all questions would fill gigabytes
+        answers = {qid: [intern(answer["answer"]) for answer in a["answers"]] for qid, a in annotations.items()}
+        multiple_choice_answers = [intern(a["multiple_choice_answer"]) for a in annotations.values()]
+    folder, images = _list_images(data_path, TEST if is_test else split)
+    found.append((f"{split} images", f"{data_path / folder} ({len(images)} images)"))
+
+    by_image: dict[int, list[dict]] = {}
+    num_missing = 0
+    for question in questions.values():
+        if question["image_id"] in images:
+            by_image.setdefault(question["image_id"], []).append(question)
+        else:
+            num_missing += 1
+    if not by_image:
+        raise _AbsentError(
+            f"none of the {num_missing} questions of {question_path} has its image in {data_path / folder}"
+        )
+    summary.found.extend(found)
+    if num_missing:
+        summary.notes.append(f"{num_missing} {split} questions left out: their image is not in {data_path / folder}")
+    present = [(image_id, f"{folder}/{name}") for image_id, name in images.items() if image_id in by_image]
+    return _Split(split, question_path, present, by_image, answers, multiple_choice_answers)
+
+
+def _find_annotation(name: str, data_path: Path, annotation_path: str | Path | None) -> Path:
+    places = [Path(annotation_path)] if annotation_path else [data_path / place for place in ANNOTATION_PLACES]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    looked = ", ".join(map(str, places))
+    raise _AbsentError(f"no {name} in {looked}: give the folder of the annotation files as --annotation_path")
+
+
+def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
+    """The objects of a question or annotation file by question id, in file order."""
+    content = read_json(path)
+    items = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(items, list) or not items:
+        raise DataError(f'{path}: needs a non-empty list under "{key}"; is it the official file of VQA v2?')
+    by_id: dict[int, dict] = {}
+    for place, item in enumerate(items):
+        qid = item.get("question_id") if isinstance(item, dict) else None
+        name = f"{path}: {key}[{place}]" if qid is None else f"{path}: question {qid}"
+        for wanted, kind in kinds.items():
+            if not isinstance(item, dict) or type(item.get(wanted)) is not kind:
+                raise DataError(f'{name}: "{wanted}" must be of type {kind.__name__}, the entry is {item!r:.120}')
+        if qid in by_id:
+            raise DataError(f"{name} stands twice; question ids must be unique")
+        by_id[qid] = item
+    return by_id
+
+
+def _check_answers(questions: dict[int, dict], question_path: Path, annotations: dict[int, dict], path: Path) -> None:
+    """Every question has one annotation, of the same image, with at least one answer text; and the reverse."""
+    for one, other, what in ((questions, annotations, path), (annotations, questions, question_path)):
+        missing = [qid for qid in one if qid not in other]
+        if missing:
+            raise DataError(
+                f"{what}: {len(missing)} question ids missing, the first {missing[:5]}; question and annotation file "
+                "must be of the same split"
+            )
+    for qid, annotation in annotations.items():
+        answers = annotation["answers"]
+        if not answers or not all(isinstance(a, dict) and type(a.get("answer")) is str for a in answers):
+            raise DataError(
+                f'{path}: question {qid}: "answers" must be a list of {{"answer": text}}, got {answers!r:.120}'
+            )
+        image_id = questions[qid]["image_id"]
+        if annotation.get("image_id", image_id) != image_id:
+            raise DataError(
+                f"{path}: question {qid}: image {annotation['image_id']}, but {image_id} in {question_path}"
+            )
+
+
+def _list_images(data_path: Path, split: str) -> tuple[str, dict[int, str]]:
+    """Folder relative to the data folder, and file name by image id, ordered by name."""
+    for place in IMAGE_PLACES:
+        folder = f"{place}/{split}".removeprefix("/")
+        if (data_path / folder).is_dir():
+            break
+    else:
+        looked = ", ".join(str(data_path / place / split) for place in IMAGE_PLACES)
+        raise _AbsentError(f"no image folder {split} (looked for {looked}): give the folder above it as --data_path")
+    images: dict[int, str] = {}
+    for name in sorted(os.listdir(data_path / folder)):
+        digits = name.removesuffix(".jpg").rpartition("_")[2]
+        if not name.endswith(".jpg") or name.startswith(".") or not (digits.isascii() and digits.isdigit()):
+            continue  # thumbnails, lists, "._" files of other systems
+        if int(digits) in images:
+            raise DataError(
+                f"{data_path / folder}: {images[int(digits)]} and {name} are both image {int(digits)}: remove one"
+            )
+        images[int(digits)] = name
+    return folder, images
+
+
+def read_vqa_index(
+    path: str | Path,
+    num_answers: int | None = None,
+    vocab_size: int | None = None,
+    require_labels: bool = False,
+    allow_empty: bool = False,
+) -> list[VQARecord]:
+    """Read one index file.
+
+    Args:
+        path: ``vqa.*.jsonl``.
+        num_answers: size of the answer list; labels must be below it.
+        vocab_size: token ids must be below it.
+        require_labels: a line without labels is an error (training data).
+        allow_empty: a file without lines is an error unless this is set.
+
+    Raises:
+        DataError: a wrong key, type, range or length, or a question id that stands twice; file and line are named.
+    """
+    records: list[VQARecord] = []
+    seen: set[int] = set()
+    shared: dict[Any, Any] = {}
+    for number, row in iterate_jsonl(path, advice=ADVICE, allow_empty=allow_empty):
+        record = parse_index_line(row, shared, num_answers, vocab_size, lambda n=number: f"{path}:{n}")
+        if record.question_id in seen:
+            raise DataError(f"{path}:{number}: question id {record.question_id} stands twice: {ADVICE}")
+        if require_labels and not record.labels:
+            raise DataError(f"{path}:{number}: question {record.question_id} has no labels, training data need them")
+        seen.add(record.question_id)
+        records.append(record)
+    return records
+
+
+def parse_index_line(
+    row: dict, shared: dict, num_answers: int | None, vocab_size: int | None, where: Callable[[], str]
+) -> VQARecord:
+    """Check one index line; ``shared`` collects the strings and tuples that several records have in common."""
+    try:
+        path, tokens, labels, scores, qid = (
+            row["image_path"], row["text_segment"], row["labels"], row["scores"], row["qid"],
+        )  # fmt: skip
+    except KeyError as error:
+        raise DataError(f"{where()}: the key {error} is missing, this is no VQA index line: {ADVICE}") from None
+    if type(path) is not str or path not in shared:
+        check_relative(path, where())
+    if type(qid) is not int:
+        raise DataError(f"{where()}: qid must be a whole number, got {qid!r:.80}")
+    tokens = _whole_numbers(tokens, "text_segment", "the tokenizer's vocabulary", vocab_size, where)
+    if not tokens:
+        raise DataError(f"{where()}: text_segment is empty; every question needs a text")
+    labels = _whole_numbers(labels, "labels", "the answer list", num_answers, where)
+    if type(scores) is not list or len(scores) != len(labels):
+        raise DataError(f"{where()}: scores must be a list as long as labels ({len(labels)}), got {scores!r:.80}")
+    for score in scores:
+        if type(score) not in (float, int) or not 0 <= score <= 1:
+            raise DataError(f"{where()}: a score must be a number in [0, 1], got {score!r:.80}")
+    if len(labels) > 1 and len(set(labels)) < len(labels):
+        raise DataError(f"{where()}: a label stands twice in {list(labels)!r:.120}")
+    # whole-number and fraction tuples can be equal (1 == 1.0), so they are shared under different keys
+    scores = tuple(map(float, scores))
+    return VQARecord(
+        shared.setdefault(path, path),
+        shared.setdefault(tokens, tokens),
+        shared.setdefault(labels, labels),
+        shared.setdefault(("scores", scores), scores),
+        qid,
+    )
+
+
+def _whole_numbers(values: Any, key: str, of: str, limit: int | None, where: Callable[[], str]) -> tuple[int, ...]:
+    if type(values) is not list or not all(kind is int for kind in set(map(type, values))):
+        raise DataError(f"{where()}: {key} must be a list of whole numbers, got {values!r:.80}")
+    if values and (min(values) < 0 or (limit is not None and max(values) >= limit)):
+        bound = "" if limit is None else f" and below {limit}, the size of {of}"
+        bad = next(v for v in values if v < 0 or (limit is not None and v >= limit))
+        raise DataError(f"{where()}: {key} must be at least 0{bound}, got {bad}: {ADVICE}, or give the matching file")
+    return tuple(values)
+
+
+def read_vqav2_split(
+    data_path: str | Path,
+    split: str,
+    num_answers: int | None = None,
+    vocab_size: int | None = None,
+    with_unlabelled: bool = False,
+) -> list[VQARecord]:
+    """Records of a split as training and evaluation use it: train is train + trainable_val, val is rest_val.
+
+    Args:
+        data_path: folder of the index files.
+        split: a key of ``SPLIT_FILES``.
+        num_answers: see ``read_vqa_index``.
+        vocab_size: see ``read_vqa_index``.
+        with_unlabelled: for val, add the questions without a known answer, which the official accuracy counts.
+
+    Raises:
+        DataError: unknown split, and as ``read_vqa_index``; also if two files share a question id.
+    """
+    if split not in SPLIT_FILES:
+        raise DataError(f"unknown split {split!r}: choose from {', '.join(SPLIT_FILES)}")
+    names = SPLIT_FILES[split]
+    if with_unlabelled and split == "val":
+        names += ("vqa.rest_val.unlabelled.jsonl",)
+    parts = [
+        read_vqa_index(Path(data_path) / name, num_answers, vocab_size, split == "train", name in MAY_BE_EMPTY)
+        for name in names
+    ]
+    records = list(chain.from_iterable(parts))
+    if len({record.question_id for record in records}) < len(records):
+        raise DataError(f"the files {', '.join(names)} in {data_path} share question ids: {ADVICE}")
+    return records

@@ -1,0 +1,218 @@
+"""The contract between the loop and whatever runs a step, and its plain-torch implementation (one process or DDP)."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import distributed
+from engine.ema import ModelEMA
+from engine.errors import EngineError
+from engine.weights import load_torch_file, read_state_dict
+
+WEIGHTS_FILE = "model.pth"
+EMA_FILE = "model_ema.pth"
+STATE_FILE = "training_state.pth"
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What an optimizer step did; tensors stay on the device so that nobody waits for it at every step."""
+
+    grad_norm: Tensor  # total L2 norm before clipping, scalar
+    loss_scale: Tensor | float
+    skipped: Tensor  # bool scalar: the weights were left alone because something was not finite, on any process
+    failed: Tensor  # bool scalar: skipped, and not merely by the loss scaler searching for its scale
+
+
+class Backend(Protocol):
+    """One training step, however it is parallelised; the loop knows nothing else about it."""
+
+    model: nn.Module  # the object to call; may be a wrapper
+    optimizer: torch.optim.Optimizer  # its groups carry lr_scale
+    device: torch.device
+    accumulation_steps: int
+
+    def autocast(self) -> AbstractContextManager:
+        """Context for the forward pass."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's mean loss; the backend divides by the accumulation, nobody else."""
+        ...
+
+    def step(self, lr: float) -> StepInfo | None:
+        """Call after every micro-batch; None inside an accumulation window, else the optimizer step's report."""
+        ...
+
+    def unwrapped(self) -> nn.Module:
+        """The model itself, without wrappers."""
+        ...
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write weights and training state into an existing folder; called on every process."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore what ``save`` wrote and return ``extra``; called on every process."""
+        ...
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype for ``auto``, ``bf16``, ``fp16`` or ``no``; None means float32 throughout.
+
+    ``auto`` is bfloat16 where a CUDA device has it, else float16 with a loss scaler; on the CPU it is ``no``.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise EngineError("--amp fp16 needs a CUDA device: on the CPU give --amp bf16 or --amp no")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
+
+
+class TorchBackend:
+    """Plain torch: one process, or DistributedDataParallel when there are several.
+
+    Non-finite losses and gradients never reach the weights: a flag is agreed across the processes and handed to the
+    fused optimizer, which leaves weights and moments alone on the device, without waiting for the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+        accumulation_steps: int = 1,
+        clip_grad: float | None = None,
+        ema: ModelEMA | None = None,
+        initial_loss_scale: float = 65536.0,
+    ) -> None:
+        """Wrap a model that is already on ``device``; the optimizer's groups carry ``lr_scale``."""
+        if accumulation_steps < 1:
+            raise EngineError(f"accumulation needs at least 1 step, got {accumulation_steps}")
+        if clip_grad is not None and clip_grad <= 0:
+            raise EngineError(f"--clip_grad must be positive, got {clip_grad}")
+        self.device = device
+        self.accumulation_steps = accumulation_steps
+        self.optimizer = optimizer
+        self.ema = ema
+        self._clip_grad = clip_grad
+        self._dtype = autocast_dtype
+        self._scaler = torch.amp.GradScaler(
+            device.type, enabled=autocast_dtype is torch.float16, init_scale=initial_loss_scale
+        )
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._micro_batches = 0
+        self._bad_loss = torch.zeros((), device=device)
+        self.model: nn.Module = model
+        if distributed.world_size() > 1:
+            self.model = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+            self._set_gradient_exchange()
+
+    def autocast(self) -> AbstractContextManager:
+        """Autocast to the chosen dtype, or nothing in float32."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro-batch's mean loss, divided by the number of accumulation steps."""
+        self._bad_loss += ~torch.isfinite(loss.detach())
+        self._scaler.scale(loss / self.accumulation_steps).backward()
+
+    def step(self, lr: float) -> StepInfo | None:
+        """Update the weights with base rate ``lr`` when the accumulation window is full."""
+        self._micro_batches += 1
+        if self._micro_batches % self.accumulation_steps:
+            self._set_gradient_exchange()
+            return None
+        self._scaler.unscale_(self.optimizer)
+        grad_norm = self._clip()
+        bad_loss = distributed.all_reduce_(self._bad_loss, "max") > 0
+        skipped = bad_loss | ~torch.isfinite(grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self._update(skipped)
+        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._bad_loss = torch.zeros((), device=self.device)
+        self._set_gradient_exchange()
+        if self.ema is not None:
+            self.ema.update(self.unwrapped())
+        # a scaler looks for its scale by overflowing now and then; only below 1 has it nowhere left to go
+        failed = bad_loss if self._scaler.is_enabled() and scale >= 1 else skipped
+        return StepInfo(grad_norm=grad_norm, loss_scale=scale, skipped=skipped, failed=failed)
+
+    def _clip(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self._clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad, grad_norm, foreach=True)
+        return grad_norm
+
+    def _update(self, skipped: Tensor) -> None:
+        """Step the optimizer unless ``skipped``; fused optimizers decide on the device, others on the host."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not skipped.item():
+            self.optimizer.step()
+
+    def _set_gradient_exchange(self) -> None:
+        # what DDP's no_sync() does, decided here so that the loop needs no second context
+        if isinstance(self.model, DistributedDataParallel):
+            last = self._micro_batches % self.accumulation_steps == self.accumulation_steps - 1
+            self.model.require_backward_grad_sync = last
+
+    def unwrapped(self) -> nn.Module:
+        """The model without DDP."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write ``model.pth`` (key ``model``, original names), ``training_state.pth`` and ``model_ema.pth``."""
+        if not distributed.is_main():
+            return
+        torch.save({"model": self.unwrapped().state_dict()}, folder / WEIGHTS_FILE)
+        if self.ema is not None:
+            torch.save({"model": self.ema.state_dict()}, folder / EMA_FILE)
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict(), "extra": extra}
+        torch.save(state, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore a folder that ``save`` wrote; every process reads it."""
+        _load_matching(self.unwrapped().load_state_dict, read_state_dict(folder / WEIGHTS_FILE), folder)
+        state = load_torch_file(folder / STATE_FILE)
+        _load_matching(self.optimizer.load_state_dict, state["optimizer"], folder)
+        if self._scaler.is_enabled() and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            if not (folder / EMA_FILE).exists():
+                raise EngineError(f"{folder} has no moving average: resume without --model_ema or start anew")
+            self.ema.load_state_dict(read_state_dict(folder / EMA_FILE))
+        return state["extra"]
+
+
+def _load_matching(load: Callable[[Any], Any], state: Any, folder: Path) -> None:
+    try:
+        load(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise EngineError(
+            f"{folder} was written by a run of another model or other parameter groups "
+            f"({str(error).splitlines()[0]}): give the same flags, or another --output_dir"
+        ) from None

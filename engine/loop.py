@@ -1,0 +1,330 @@
+"""The one training loop: epochs, accumulation windows, the schedule, checkpoints, validation, logging."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed
+from engine.backend import Backend, StepInfo
+from engine.checkpoint import load_checkpoint, prune, save_checkpoint
+from engine.errors import RunError
+from engine.evaluation import sum_over_processes, to_device
+from engine.log import RunLog, peak_mib, say
+from engine.schedule import Schedule
+
+LossFunction = Callable[[nn.Module, dict[str, Any], int], dict[str, Any]]
+EvaluateFunction = Callable[[nn.Module, Any], dict[str, float]]
+
+
+class TrainLoader(Protocol):
+    """Where micro-batches come from; can start anywhere, so that a run can resume inside an epoch."""
+
+    steps_per_epoch: int
+    samples_per_step: int  # over all processes
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[dict[str, Any]]:
+        """Micro-batches of this process from optimizer step ``first_step`` of an epoch to its end."""
+        ...
+
+
+@dataclass
+class Position:
+    """How far a run has come; plain values, saved with every checkpoint."""
+
+    epoch: int = 0  # the epoch under way
+    step_in_epoch: int = 0  # optimizer steps done in it
+    global_step: int = 0
+    validated: bool = True  # False: the previous epoch ended but its validation is still to be done
+    best: float | None = None
+    samples_seen: int = 0  # of the epoch under way, over all processes
+    failed_in_a_row: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's meters, main process
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What ``fit`` does beside taking steps."""
+
+    epochs: int
+    output_dir: Path | None  # None writes nothing
+    save_every_epochs: int = 1  # 0 never saves
+    save_every_steps: int = 0  # mid-epoch checkpoints; 0 for none
+    keep_checkpoints: int = 0  # 0 keeps all
+    validate_every_epochs: int = 1
+    max_steps: int | None = None  # ends the run early; the schedule does not change
+    best_metric: str = "score"
+    log_every: int = 10
+    max_nonfinite: int = 10
+    checkpoint_files: dict[str, bytes] = field(default_factory=dict)
+
+
+def fit(
+    backend: Backend,
+    loader: TrainLoader,
+    loss_fn: LossFunction,
+    schedule: Schedule,
+    plan: RunPlan,
+    log: RunLog,
+    *,
+    evaluate: EvaluateFunction | None = None,
+    val_loader: Any = None,
+    resume_from: Path | None = None,
+) -> Position:
+    """Train to the end of the plan, from the start or from a checkpoint.
+
+    Args:
+        backend: model, optimizer and how a step is taken.
+        loader: micro-batches by epoch and step.
+        loss_fn: ``(model, batch, global_step) -> {"loss": mean over the micro-batch, further scalars to log}``.
+        schedule: optimizer step of the run → base learning rate.
+        plan: epochs, saving, limits.
+        log: where lines and files go.
+        evaluate: ``(model, val_loader) -> {metric: value}``; the best ``plan.best_metric`` keeps its checkpoint.
+        val_loader: handed to ``evaluate``.
+        resume_from: checkpoint folder to go on from.
+
+    Returns:
+        The final position.
+
+    Raises:
+        RunError: too many non-finite steps in a row, or a checkpoint could not be written.
+    """
+    position = Position()
+    if resume_from is not None:
+        position = _resume(backend, loader, resume_from)
+        log.rewind(epoch=position.epoch - (not position.validated), global_step=position.global_step)
+    run = _Run(backend, loader, loss_fn, schedule, plan, log, evaluate, val_loader)
+    try:
+        if not position.validated:
+            run.finish_epoch(position)
+        while position.epoch < plan.epochs and not run.at_limit(position):
+            run.train_epoch(position)
+            run.end_epoch(position)
+    finally:
+        log.close()
+    return position
+
+
+def _resume(backend: Backend, loader: TrainLoader, folder: Path) -> Position:
+    extra = load_checkpoint(backend, folder)
+    position = Position(**extra["position"])
+    if extra["saved_world_size"] != distributed.world_size() or extra["samples_per_step"] != loader.samples_per_step:
+        say(
+            f"resuming with {distributed.world_size()} processes and {loader.samples_per_step} samples per step "
+            f"instead of {extra['saved_world_size']} and {extra['samples_per_step']}: "
+            "goes on at the same sample, not bitwise equal"
+        )
+        position.step_in_epoch = min(position.samples_seen // loader.samples_per_step, loader.steps_per_epoch)
+        position.global_step = position.epoch * loader.steps_per_epoch + position.step_in_epoch
+    say(f"resumed from {folder}: epoch {position.epoch}, step {position.global_step}")
+    return position
+
+
+class _Run:
+    """The parts of ``fit``, which share their arguments."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        loader: TrainLoader,
+        loss_fn: LossFunction,
+        schedule: Schedule,
+        plan: RunPlan,
+        log: RunLog,
+        evaluate: EvaluateFunction | None,
+        val_loader: Any,
+    ) -> None:
+        self.backend, self.loader, self.loss_fn, self.schedule = backend, loader, loss_fn, schedule
+        self.plan, self.log, self.evaluate, self.val_loader = plan, log, evaluate, val_loader
+
+    def at_limit(self, position: Position) -> bool:
+        return self.plan.max_steps is not None and position.global_step >= self.plan.max_steps
+
+    def train_epoch(self, position: Position) -> None:
+        """Take the remaining steps of the epoch under way."""
+        self.backend.model.train()
+        self.log.start_epoch(position.epoch, first_step=position.step_in_epoch, steps=self.loader.steps_per_epoch)
+        window = _Window(self.backend.device)
+        batches = self.loader.batches(position.epoch, position.step_in_epoch)
+        while position.step_in_epoch < self.loader.steps_per_epoch and not self.at_limit(position):
+            self._take_step(position, batches, window)
+            position.step_in_epoch += 1
+            position.global_step += 1
+            position.samples_seen += self.loader.samples_per_step
+            self.log.advance()
+            due = self.plan.save_every_steps and position.global_step % self.plan.save_every_steps == 0
+            ended = position.step_in_epoch == self.loader.steps_per_epoch or self.at_limit(position)
+            if position.global_step % self.plan.log_every == 0 or due or ended:
+                self._flush(position, window)
+            if due and not ended:
+                self._save(f"checkpoint-step{position.global_step}", position)
+        self.log.end_epoch_bar()
+
+    def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: "_Window") -> None:
+        """One accumulation window: forward and backward of each micro-batch, then the optimizer."""
+        lr = self.schedule(position.global_step)
+        while True:
+            waited = time.perf_counter()
+            batch = to_device(next(batches), self.backend.device)
+            window.data_wait_s += time.perf_counter() - waited
+            with self.backend.autocast():
+                losses = self.loss_fn(self.backend.model, batch, position.global_step)
+            self.backend.backward(losses["loss"])
+            window.add(losses, batch.get("sample_id"))
+            info = self.backend.step(lr)
+            if info is not None:
+                window.close_step(position.global_step, lr, info)
+                return
+
+    def _flush(self, position: Position, window: "_Window") -> None:
+        """Read the window's tensors (the only wait for the device), log them, and judge non-finite steps."""
+        means, failures = window.read()
+        for step, ids, failed in failures:
+            position.failed_in_a_row = position.failed_in_a_row + 1 if failed else 0
+            if failed:  # the flag is the same on all processes, so all of them take part in gathering the ids
+                ids = [index for part in distributed.gather_objects(ids) for index in part]
+                say(f"step {step}: loss or gradients are not finite, the weights were left as they were; samples {ids}")
+            if position.failed_in_a_row >= self.plan.max_nonfinite:
+                raise RunError(
+                    f"{position.failed_in_a_row} steps in a row were not finite, the last at step {step} with samples "
+                    f"{ids}: the weights are unchanged since; lower --lr, set --clip_grad, or look at those samples"
+                )
+        groups = self.backend.optimizer.param_groups
+        scales = [group["lr_scale"] for group in groups]
+        row = {
+            "epoch": position.epoch,
+            "step": position.global_step,
+            **{key: value for key, value in means.items() if key != "base_lr"},
+            "lr": means["base_lr"] * max(scales),
+            "min_lr": means["base_lr"] * min(scales),
+            "weight_decay": max(group["weight_decay"] for group in groups),
+            "samples_per_s": window.steps * self.loader.samples_per_step / max(window.elapsed_s(), 1e-9),
+            "data_wait": min(window.data_wait_s / max(window.elapsed_s(), 1e-9), 1.0),
+            "peak_mib": peak_mib(self.backend.device),
+        }
+        for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm"):
+            position.sums[key] = position.sums.get(key, 0.0) + row[key] * window.steps
+        position.sums["steps"] = position.sums.get("steps", 0.0) + window.steps
+        self.log.interval(
+            row,
+            steps_left=self._steps_left(position),
+            seconds_per_step=window.elapsed_s() / window.steps,
+            position=f"epoch {position.epoch} [{position.step_in_epoch}/{self.loader.steps_per_epoch}]",
+        )
+        window.reset()
+
+    def _steps_left(self, position: Position) -> int:
+        end = self.plan.epochs * self.loader.steps_per_epoch
+        return max(min(end, self.plan.max_steps or end) - position.global_step, 0)
+
+    def end_epoch(self, position: Position) -> None:
+        """Turn to the next epoch, save when due, validate, log."""
+        whole = position.step_in_epoch == self.loader.steps_per_epoch
+        last = (whole and position.epoch + 1 == self.plan.epochs) or self.at_limit(position)
+        finished = position.epoch
+        if whole:
+            position.epoch, position.step_in_epoch, position.samples_seen = finished + 1, 0, 0
+        position.validated = not whole  # a run cut short by max_steps goes on inside its epoch
+        every = self.plan.save_every_epochs
+        if every and (last or (finished + 1) % every == 0):
+            self._save(f"checkpoint-{finished}" if whole else f"checkpoint-step{position.global_step}", position)
+        self.finish_epoch(position, last=last)
+
+    def finish_epoch(self, position: Position, *, last: bool = False) -> None:
+        """Validate the epoch that has just ended, keep the best, write its log line."""
+        whole = position.step_in_epoch == 0
+        finished = position.epoch - 1 if whole else position.epoch
+        metrics: dict[str, float] = {}
+        last = last or position.epoch >= self.plan.epochs
+        if self.evaluate is not None and (last or (finished + 1) % self.plan.validate_every_epochs == 0):
+            metrics = self.evaluate(self.backend.unwrapped(), self.val_loader)
+        position.validated = True
+        row = self._epoch_row(position, metrics, finished)
+        if whole:
+            position.sums = {}
+        score = metrics.get(self.plan.best_metric)
+        if score is not None and (position.best is None or score > position.best):
+            position.best = score
+            if self.plan.save_every_epochs:
+                self._save("checkpoint-best", position)
+        self.log.epoch(row)
+
+    def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
+        steps = max(position.sums.get("steps", 0.0), 1.0)
+        row: dict[str, Any] = {
+            f"train_{key}": position.sums.get(key, 0.0) / steps
+            for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm")
+        }
+        row |= {f"val_{key}": value for key, value in metrics.items()}
+        row["epoch"] = finished
+        row["n_parameters"] = sum(p.numel() for p in self.backend.unwrapped().parameters() if p.requires_grad)
+        return row
+
+    def _save(self, name: str, position: Position) -> None:
+        if self.plan.output_dir is None:
+            return
+        extra = {
+            "position": asdict(position),
+            "samples_per_step": self.loader.samples_per_step,
+            "global_step": position.global_step,
+        }
+        folder = save_checkpoint(self.backend, self.plan.output_dir, name, extra, copy_files=self.plan.checkpoint_files)
+        say(f"saved {folder}")
+        prune(self.plan.output_dir, self.plan.keep_checkpoints)
+
+
+class _Window:
+    """Device-side sums of one logging interval; nothing here waits for the device until ``read``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self._started = time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._steps: list[tuple[int, list[int], StepInfo]] = []
+        self._ids: list[int] = []
+        self._rates = 0.0
+        self.data_wait_s = 0.0
+
+    @property
+    def steps(self) -> int:
+        return len(self._steps)
+
+    def elapsed_s(self) -> float:
+        return self._ended - self._started
+
+    def add(self, losses: dict[str, Any], sample_ids: Any) -> None:
+        self._micro_batches += 1
+        for key, value in losses.items():
+            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self._sums[key] = self._sums.get(key, 0.0) + torch.nan_to_num(value.to(self._device), nan=0.0, posinf=0.0)
+        if sample_ids is not None:
+            self._ids.extend(int(index) for index in sample_ids)
+
+    def close_step(self, step: int, lr: float, info: StepInfo) -> None:
+        self._steps.append((step, self._ids, info))
+        self._ids = []
+        self._rates += lr
+
+    def read(self) -> tuple[dict[str, float], list[tuple[int, list[int], bool]]]:
+        """Means over the interval and processes, and (step, sample ids, failed) of each step."""
+        flags = torch.stack([info.failed.float() for _, _, info in self._steps]).tolist()
+        norms = torch.stack([info.grad_norm.float() for _, _, info in self._steps])
+        norms = norms[torch.isfinite(norms)]
+        self._ended = time.perf_counter()
+        sums = {key: float(value) for key, value in self._sums.items()} | {"micro_batches": self._micro_batches}
+        sums = sum_over_processes(sums)
+        count = sums.pop("micro_batches")
+        means = {key: value / count for key, value in sums.items()}
+        means["grad_norm"] = float(norms.mean()) if norms.numel() else 0.0
+        means["loss_scale"] = float(self._steps[-1][2].loss_scale)
+        means["base_lr"] = self._rates / len(self._steps)
+        return means, [(step, ids, bool(flag)) for (step, ids, _), flag in zip(self._steps, flags, strict=True)]

@@ -1,0 +1,114 @@
+"""Parameter groups (weight decay or not, learning-rate scale by name) and the optimizer."""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import EngineError
+
+
+@dataclass(frozen=True)
+class LRRule:
+    """How a parameter's name decides its learning rate: ``layer`` numbers the name, ``scales[layer]`` multiplies."""
+
+    layer: Callable[[str], int]
+    scales: tuple[float, ...]
+
+
+def layer_decay_rule(layer_id: Callable[[str], int], num_layers: int, decay: float) -> LRRule:
+    """Rates that shrink by ``decay`` per layer from the head down (layer 0 is the embeddings, the head L + 1)."""
+    if not 0 < decay <= 1:
+        raise EngineError(f"--layer_decay must be in (0, 1], got {decay}")
+    return LRRule(layer_id, tuple(decay ** (num_layers + 1 - index) for index in range(num_layers + 2)))
+
+
+def head_multiplier_rule(prefix: str, multiplier: float) -> LRRule:
+    """A rate multiplied for the parameters whose name starts with ``prefix``, unchanged for the others."""
+    return LRRule(lambda name: int(name.startswith(prefix)), (1.0, float(multiplier)))
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    no_decay: Collection[str] = (),
+    rule: LRRule | None = None,
+) -> list[dict[str, Any]]:
+    """Optimizer groups in order of first appearance (BEiT-3 ``optim_factory.get_parameter_groups``).
+
+    Tensors of at most one dimension, names ending in ``.bias`` and the names in ``no_decay`` take no weight decay.
+    Frozen parameters are left out.
+
+    Args:
+        named_parameters: as ``model.named_parameters()`` gives them.
+        weight_decay: decay of the groups that decay.
+        no_decay: further names without decay.
+        rule: learning-rate scale by name; without one every scale is 1.
+
+    Returns:
+        Groups with ``name`` (``layer_<n>_decay``, or plain ``decay``/``no_decay`` without a rule), ``params``,
+        ``param_names``, ``weight_decay`` and ``lr_scale``.
+
+    Raises:
+        EngineError: if nothing is trainable.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        decays = not (parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay)
+        label = "decay" if decays else "no_decay"
+        scale = 1.0
+        if rule is not None:
+            layer = rule.layer(name)
+            label, scale = f"layer_{layer}_{label}", rule.scales[layer]
+        group = groups.setdefault(
+            label,
+            {
+                "name": label,
+                "params": [],
+                "param_names": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": scale,
+            },
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    if not groups:
+        raise EngineError("no parameter is trainable: everything is frozen")
+    return list(groups.values())
+
+
+def describe_groups(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """Groups as plain values for printing: name, number of tensors and parameters, decay, peak rate."""
+    return [
+        {
+            "name": group["name"],
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+            "weight_decay": group["weight_decay"],
+            "peak_lr": lr * group["lr_scale"],
+        }
+        for group in groups
+    ]
+
+
+def build_adamw(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """Fused AdamW with decoupled decay (Loshchilov and Hutter, 2019) over the given groups.
+
+    The group's own ``lr`` is set before each step by the backend: base rate times ``lr_scale``.
+    """
+    if lr < 0:
+        raise EngineError(f"--lr must not be negative, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise EngineError(f"--opt_betas must be two numbers in [0, 1), got {betas}")
+    if eps <= 0:
+        raise EngineError(f"--opt_eps must be positive, got {eps}")
+    # param_names stays with us: torch's own key of that name wants every group to have it and prints a warning
+    plain = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+    return torch.optim.AdamW(plain, lr=lr, betas=betas, eps=eps, fused=True)

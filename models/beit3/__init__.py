@@ -1,0 +1,1 @@
+"""BEiT-3 (Wang et al., 2022, "Image as a Foreign Language"): multiway encoder and task heads."""

@@ -1,0 +1,61 @@
+"""Small pieces that several families share: attention, stochastic depth, truncated-normal start values.
+
+Letters: B batch, H heads, Q queries, K keys, C channels of a head.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Softmax attention, scaled by C^-0.5; every family's attention ends here.
+
+    Without a mask the flash kernels can be chosen, so callers pass None where nothing is hidden.
+
+    Args:
+        q: (B, H, Q, C). With Q = 0 the (empty) queries come back, which keeps their projection in the autograd graph.
+        k: (B, H, K, C).
+        v: (B, H, K, C).
+        mask: boolean, True = may look, broadcastable to (B, H, Q, K).
+        is_causal: query i looks at keys 0..i.
+
+    Returns:
+        (B, H, Q, C).
+
+    Raises:
+        ValueError: if both ``mask`` and ``is_causal`` are given (kernels disagree on what that means).
+    """
+    if mask is not None and is_causal:
+        raise ValueError("attention takes a mask or is_causal, not both: put the causal part into the mask")
+    if q.shape[-2] == 0:
+        return q
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+def drop_path_scales(rate: float, num_layers: int, num_branches: int, batch_size: int, device: torch.device) -> Tensor:
+    """Draw stochastic depth for a whole network at once: what each residual branch of each sample is multiplied by.
+
+    The rate grows linearly from 0 in the first layer to ``rate`` in the last. A sample's branch is kept with probability 1 - p and
+    then divided by 1 - p, else it is zero. The draws are an input of the layers, not made inside: compiled layers then share
+    one graph whatever their rate, and recomputed ones (activation checkpointing) see the same draw.
+
+    Returns:
+        (num_layers, num_branches, batch_size, 1, 1), float32.
+    """
+    keep = 1 - torch.linspace(0, rate, num_layers, device=device).view(-1, 1, 1, 1, 1)
+    draws = torch.rand(num_layers, num_branches, batch_size, 1, 1, device=device)
+    return (draws < keep) / keep
+
+
+def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + branch, or x + scale * branch with the (B, 1, 1) factors of ``drop_path_scales``."""
+    return x + branch if scale is None else x + branch * scale
+
+
+@torch.no_grad()
+def init_linear_truncated_(linear: nn.Linear, *, std: float = 0.02, bound: float = 0.02) -> None:
+    """Weights from a normal distribution cut off at +-``bound``, bias zero, in place."""
+    nn.init.trunc_normal_(linear.weight, std=std, a=-bound, b=bound)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,187 @@
+"""Fine-tune or evaluate BEiT-3.
+
+    torchrun --nproc_per_node=8 run_beit3_finetuning.py --task vqav2
+    python run_beit3_finetuning.py --task vqav2 --eval --finetune output/vqav2/checkpoint-best
+
+Read it from top to bottom; every flag stands in scripts/beit3_args.py.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from scripts.beit3_args import parse_args
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes answer at once, before torch is imported
+
+import torch
+
+from data.tokenizers.spm import XLMRTokenizer
+from engine import distributed
+from engine.backend import TorchBackend, resolve_precision
+from engine.checkpoint import prepare_run_folder
+from engine.ema import ModelEMA
+from engine.log import RunLog, peak_mib, say
+from engine.loop import RunPlan, fit
+from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
+from engine.schedule import warmup_cosine
+from models.beit3.beit3 import compile_layers
+from scripts import beit3_vqa
+from scripts.beit3_model import ModelChoice, build_model, checkpoint_files
+from scripts.program import run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, then evaluate or train."""
+    args = parse_args(argv)
+
+    # ---- 1. processes, device, seed ----
+    device = distributed.init(args.device, timeout_s=args.dist_timeout)
+    torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    dtype = resolve_precision(args.amp, device)
+    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
+    if args.num_workers is None:
+        args.num_workers = min(10, distributed.cores_per_process())
+    for note in args.notes:
+        say(f"note: {note}")
+    output_dir = None if args.dry_run else Path(args.output_dir)
+    resume_from = None
+    if output_dir is not None:
+        resume_from = prepare_run_folder(
+            output_dir, resume=args.resume, auto_resume=args.auto_resume, training=not args.eval
+        )
+
+    # ---- 2. text and answers ----
+    tokenizer = XLMRTokenizer(args.sentencepiece_model)
+    answers = beit3_vqa.load_answers(args)
+
+    # ---- 3. model and weights ----
+    choice = ModelChoice(
+        name=args.model,
+        task=args.task,
+        weights="" if resume_from else args.finetune,  # the checkpoint holds all weights
+        image_size=args.input_size,
+        vocab_size=args.vocab_size,
+        drop_path=0.0 if args.eval else args.drop_path,
+        checkpoint_activations=args.checkpoint_activations and not args.eval,
+        model_key=args.model_key,
+        model_prefix=args.model_prefix,
+    )
+    model = build_model(choice, tokenizer, len(answers), for_training=not args.eval).to(device)
+    torch.manual_seed(args.seed + distributed.rank())
+    if args.compile:
+        compile_layers(model)
+
+    # ---- 4. evaluation only ----
+    if args.eval:
+        image_size = model.config.image_size
+        beit3_vqa.run_evaluation(
+            args, model, tokenizer, answers, image_size=image_size, device=device, autocast=autocast
+        )
+        distributed.barrier()
+        distributed.shutdown()
+        return
+
+    # ---- 5. data ----
+    train_loader, val_loader = beit3_vqa.train_and_val_loaders(
+        args, tokenizer, answers, model.config.image_size, device
+    )
+    steps_per_epoch = train_loader.steps_per_epoch
+
+    # ---- 6. optimizer, schedule, backend ----
+    for name, parameter in model.named_parameters():
+        if name in model.unused_in_finetuning():  # so that data-parallel training need not look for unused ones
+            parameter.requires_grad_(False)
+    groups = parameter_groups(
+        model.named_parameters(),
+        weight_decay=args.weight_decay,
+        no_decay=model.no_weight_decay(),
+        rule=choose_rule(args, model),
+    )
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
+    schedule = warmup_cosine(args.lr, args.min_lr, warmup_steps=warmup_steps, total_steps=args.epochs * steps_per_epoch)
+    ema = None
+    if args.model_ema:
+        ema = ModelEMA(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    backend = TorchBackend(
+        model,
+        build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps),
+        device=device,
+        autocast_dtype=dtype,
+        accumulation_steps=args.update_freq,
+        clip_grad=args.clip_grad,
+        ema=ema,
+        initial_loss_scale=2.0**args.initial_scale_power,
+    )
+
+    # ---- 7. the plan, said once ----
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "answers": len(answers),
+        "samples_per_step": train_loader.samples_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": steps_per_epoch * args.epochs,
+        "warmup_steps": warmup_steps,
+        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "parameter_groups": describe_groups(groups, args.lr),
+    }
+    say(json.dumps(facts, indent=2))
+    log = RunLog(output_dir, Path(args.log_dir) if args.log_dir else None)
+    log.write_run({key: value for key, value in vars(args).items() if key != "notes"}, facts)
+    keep = checkpoint_files(
+        model=model,
+        name=args.model,
+        task=args.task,
+        max_tokens=args.num_max_bpe_tokens,
+        answers=answers,
+        tokenizer_file=args.sentencepiece_model,
+    )
+    plan = RunPlan(
+        epochs=args.epochs,
+        output_dir=output_dir,
+        save_every_epochs=args.save_ckpt_freq if args.save_ckpt else 0,
+        save_every_steps=args.save_ckpt_steps if args.save_ckpt else 0,
+        keep_checkpoints=args.keep_ckpts,
+        max_steps=2 if args.dry_run else args.max_steps,
+        log_every=1 if args.dry_run else args.log_every,
+        max_nonfinite=args.max_nonfinite,
+        checkpoint_files=keep,
+    )
+
+    # ---- 8. train ----
+    validate = partial(beit3_vqa.evaluate, device=device, autocast=autocast)
+    position = fit(
+        backend,
+        train_loader,
+        beit3_vqa.loss_fn,
+        schedule,
+        plan,
+        log,
+        evaluate=None if args.dry_run or val_loader is None else validate,
+        val_loader=val_loader,
+        resume_from=resume_from,
+    )
+    if args.dry_run:
+        say(f"dry run: two steps taken, nothing written; peak memory {peak_mib(device):.0f} MiB")
+    else:
+        best = "" if position.best is None else f"; best validation score {position.best:.2f}"
+        say(f"done after {position.global_step} steps{best}; results in {output_dir}")
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def choose_rule(args: argparse.Namespace, model: torch.nn.Module) -> LRRule | None:
+    """Layer decay wins over the head's multiplier, as in the original."""
+    if args.layer_decay < 1:
+        return layer_decay_rule(model.layer_id, model.num_layers, args.layer_decay)
+    if args.task_head_lr_weight > 1:
+        return head_multiplier_rule("head", args.task_head_lr_weight)
+    return None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Programs and launchers beside the run scripts at the root."""

@@ -1,0 +1,205 @@
+"""Flags that every training program shares, in titled groups, and a parser whose errors are one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser that reports a mistake in one line and exit code 2, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and leave."""
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or "%(default)" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def number(kind: Callable[[str], Any], *, low: float | None = None, high: float | None = None, above: bool = False):
+    """Argument type: a number within bounds (``above`` excludes the lower one)."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__}") from None
+        if value != value or (low is not None and (value < low or (above and value == low))):
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, got {text}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high:g}, got {text}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, low=1)
+count = number(int, low=0)
+positive = number(float, low=0, above=True)
+not_negative = number(float, low=0)
+fraction = number(float, low=0, high=1)
+
+
+def switch(group: Any, name: str, *, default: bool | None, help: str, negative: str | None = None) -> None:
+    """Add ``--name`` and ``--no_name``, as the originals spell their pairs."""
+    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
+    group.add_argument(f"--{negative or 'no_' + name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+
+def add_start_flags(parser: argparse.ArgumentParser) -> None:
+    """Device, seed, processes."""
+    group = parser.add_argument_group("start and devices")
+    group.add_argument("--device", default="auto", help="auto (CUDA when there is one), cuda, cuda:N or cpu")
+    group.add_argument(
+        "--seed", type=count, help="seed of data order, augmentation and initialisation (default: recipe)"
+    )
+    group.add_argument(
+        "--num_workers",
+        type=count,
+        default=None,
+        help="loader processes per rank (default: 10, at most the number of cores)",
+    )
+    switch(group, "pin_mem", default=True, help="page-locked batches for CUDA (--no_pin_mem: off)")
+    group.add_argument(
+        "--dist_timeout", type=positive, default=1800.0, help="seconds after which a lost or hung rank ends the job"
+    )
+    group.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=-1,
+        help="given by torch.distributed.launch; the environment decides",
+    )
+    group.add_argument("--world_size", type=int, default=1, help="without effect: the launcher's environment decides")
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="without effect: OpenMPI variables are found by themselves"
+    )
+    group.add_argument("--dist_url", default="env://", help="without effect: the launcher's environment decides")
+
+
+def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Optimizer and schedule."""
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument("--opt", default="adamw", choices=["adamw"], help="optimizer")
+    group.add_argument("--opt_eps", type=positive, default=1e-8, help="epsilon of AdamW")
+    group.add_argument(
+        "--opt_betas",
+        type=number(float, low=0, high=1),
+        nargs="+",
+        metavar="BETA",
+        help="betas of AdamW (default: recipe)",
+    )
+    group.add_argument("--clip_grad", type=positive, help="clip the total gradient norm to this value (default: off)")
+    group.add_argument(
+        "--weight_decay",
+        type=not_negative,
+        help="decay of weight matrices; biases and norms have none (default: recipe)",
+    )
+    group.add_argument("--lr", type=not_negative, help="peak learning rate (default: recipe)")
+    group.add_argument(
+        "--layer_decay",
+        type=number(float, low=0, high=1, above=True),
+        help="factor of the rate per layer below the head (default: recipe)",
+    )
+    group.add_argument(
+        "--task_head_lr_weight",
+        type=not_negative,
+        help="factor of the rate of parameters named head* when layer_decay is 1 (default: recipe)",
+    )
+    group.add_argument("--min_lr", type=not_negative, default=1e-6, help="rate that the cosine approaches")
+    group.add_argument("--warmup_epochs", type=not_negative, help="epochs of linear warm-up (default: recipe)")
+    group.add_argument(
+        "--warmup_steps", type=int, default=-1, help="steps of warm-up; wins over --warmup_epochs when above 0"
+    )
+    group.add_argument("--epochs", type=positive_int, help="epochs to train (default: recipe)")
+    group.add_argument("--batch_size", type=positive_int, help="samples per process and micro-batch (default: recipe)")
+    group.add_argument("--update_freq", type=positive_int, default=1, help="micro-batches per optimizer step")
+    group.add_argument(
+        "--max_steps", type=positive_int, help="stop after so many optimizer steps; the schedule does not change"
+    )
+    group.add_argument(
+        "--max_nonfinite",
+        type=positive_int,
+        default=10,
+        help="steps in a row with a non-finite loss or gradient before the run ends",
+    )
+    group.add_argument(
+        "--model_ema",
+        action="store_true",
+        help="keep a moving average of the weights (model_ema.pth in each checkpoint)",
+    )
+    group.add_argument("--model_ema_decay", type=fraction, default=0.9999, help="decay of the moving average")
+    group.add_argument("--model_ema_force_cpu", action="store_true", help="keep the moving average in host memory")
+    group.add_argument("--momentum", type=float, default=0.9, help="without effect: AdamW has betas")
+    group.add_argument(
+        "--warmup_lr", type=float, default=1e-6, help="without effect: warm-up starts at 0, as in the original"
+    )
+
+
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """Precision, memory, DeepSpeed."""
+    group = parser.add_argument_group("precision, memory and speed")
+    group.add_argument(
+        "--amp",
+        default="auto",
+        choices=["auto", "bf16", "fp16", "no"],
+        help="autocast; auto: bf16 where CUDA has it, else fp16, on the CPU no",
+    )
+    group.add_argument("--tf32", action="store_true", help="allow TF32 in float32 matrix products on CUDA")
+    switch(
+        group,
+        "checkpoint_activations",
+        default=None,
+        help="recompute each layer in backward: less memory, about 1.33 x the time (default: recipe)",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile each repeated layer")
+    group.add_argument(
+        "--initial_scale_power", type=count, default=16, help="the fp16 loss scaler starts at 2 to this power"
+    )
+    group.add_argument(
+        "--enable_deepspeed",
+        action="store_true",
+        help="accepted; this version trains with plain torch (DDP) and says so",
+    )
+    group.add_argument(
+        "--zero_stage",
+        type=int,
+        default=0,
+        choices=[0, 1, 2, 3],
+        help="above 0: refused until the DeepSpeed backend is here",
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Where things go, checkpoints, logging."""
+    group = parser.add_argument_group("output, checkpoints and resume")
+    group.add_argument("--output_dir", help="folder of the run (default: output/<task>)")
+    group.add_argument("--log_dir", help="TensorBoard folder (default: none)")
+    group.add_argument("--log_every", type=positive_int, default=10, help="optimizer steps between log lines")
+    switch(group, "save_ckpt", default=True, help="write checkpoints (--no_save_ckpt: none)")
+    group.add_argument("--save_ckpt_freq", type=positive_int, help="epochs between checkpoints (default: recipe)")
+    group.add_argument(
+        "--save_ckpt_steps", type=count, default=0, help="also a checkpoint every so many steps; only the newest stays"
+    )
+    group.add_argument("--keep_ckpts", type=count, default=0, help="keep only the newest N epoch checkpoints (0: all)")
+    group.add_argument(
+        "--resume", default="", help="checkpoint folder to go on from, or 'latest' (the newest of --output_dir)"
+    )
+    switch(
+        group,
+        "auto_resume",
+        default=True,
+        help="go on from the newest checkpoint of --output_dir (--no_auto_resume: start anew)",
+    )
+    group.add_argument("--start_epoch", type=count, default=0, help="without effect: the checkpoint knows its epoch")
+    group.add_argument(
+        "--dry_run", action="store_true", help="build everything, take two steps, write nothing, print the plan"
+    )

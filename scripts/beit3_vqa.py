@@ -1,0 +1,272 @@
+"""Visual question answering with BEiT-3: its data, loss, validation and prediction files, wired for the run script."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.beit3_dataset import BEiT3VQADataset, VQACollate
+from data.errors import DataError
+from data.files import read_json, write_json_atomic, write_jsonl_atomic
+from data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from data.metrics.vqa import VQAAccuracy, submission_entries, vqa_accuracy
+from data.own_vqa import build_answer_list, read_vqa_file
+from data.randaugment import RandAugment
+from data.tokenizers.spm import XLMRTokenizer
+from data.transforms import EvalTransform, TrainTransform, normalize
+from data.vqa_answers import AnswerVocabulary
+from data.vqav2 import SPLIT_FILES, VQARecord, read_vqav2_split
+from engine import distributed
+from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
+from engine.log import say
+from models.beit3.tasks import vqa_loss
+from scripts.beit3_model import find_answers
+
+NUM_TOP_ANSWERS = 5
+
+
+def load_answers(args: argparse.Namespace) -> AnswerVocabulary:
+    """The answer list: given, beside the weights (evaluation), in the data folder, or built from own training data."""
+    if args.train_file and not args.answer_list:
+        return build_answer_list(args.train_file + ([args.val_file] if args.val_file else []))
+    answers = find_answers(args.answer_list, args.finetune if args.eval else "", args.data_path)
+    if answers is None:
+        raise DataError(
+            f"no answer2label.txt in {args.data_path}: run python scripts/make_index.py --data_path {args.data_path}, "
+            "or give --answer_list (your own data: --train_file, the list is built from it)"
+        )
+    return answers
+
+
+def read_split(
+    args: argparse.Namespace, split: str, tokenizer: XLMRTokenizer, answers: AnswerVocabulary
+) -> list[VQARecord]:
+    """Records of ``train``, a split of VQAv2, or a ``.jsonl`` file of one's own; cut by ``--limit_samples``."""
+    if split == "train" and args.train_file:
+        records = [
+            record
+            for path in args.train_file
+            for record in read_vqa_file(path, tokenizer, answers, drop_unlabelled=True)
+        ]
+    elif split == "val" and args.val_file:
+        records = read_vqa_file(args.val_file, tokenizer, answers)
+    elif split in SPLIT_FILES:
+        records = read_vqav2_split(
+            args.data_path, split, len(answers), tokenizer.vocab_size, with_unlabelled=bool(args.annotations)
+        )
+    elif split.endswith(".jsonl"):
+        records = read_vqa_file(split, tokenizer, answers)
+    else:
+        raise DataError(f"--eval_split {split}: choose {', '.join(SPLIT_FILES)}, or a .jsonl file of your own")
+    return records[: args.limit_samples]
+
+
+def build_loader(
+    args: argparse.Namespace,
+    records: list[VQARecord],
+    tokenizer: XLMRTokenizer,
+    num_answers: int,
+    *,
+    image_size: int,
+    train: bool,
+    device: torch.device,
+) -> Any:
+    """Train loader (random transform, shuffled) or evaluation loader (plain resize, every question once)."""
+    if train:
+        augment = RandAugment(reference=args.randaug_reference) if args.randaug else None
+        transform = TrainTransform(
+            image_size,
+            args.train_interpolation,
+            augment,
+            min_crop_scale=args.min_crop_scale,
+            hflip=args.hflip,
+            exact=args.exact_transforms,
+        )
+    else:
+        transform = EvalTransform(image_size)
+    dataset = BEiT3VQADataset(
+        records,
+        Path(args.data_path),
+        transform,
+        tokenizer,
+        image_size=image_size,
+        max_tokens=args.num_max_bpe_tokens,
+        replace_broken_images=args.skip_broken_images,
+    )
+    # compiled layers see the text length as a dynamic size; rounding keeps the number of distinct ones small
+    collate = VQACollate(tokenizer.pad_id, num_answers, multiple_of=8 if args.compile else 1)
+    shared: dict[str, Any] = {
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "num_workers": args.num_workers,
+        "pin_memory": args.pin_mem and device.type == "cuda",
+    }
+    if not train:
+        return build_eval_loader(dataset, collate, args.eval_batch_size, **shared)
+    return build_train_loader(
+        dataset, collate, args.batch_size, accumulation_steps=args.update_freq, seed=args.seed, **shared
+    )
+
+
+def train_and_val_loaders(
+    args: argparse.Namespace, tokenizer: XLMRTokenizer, answers: AnswerVocabulary, image_size: int, device: torch.device
+) -> tuple[TrainLoader, EvalLoader | None]:
+    """Loaders of a training run; no validation with own data that has no ``--val_file``."""
+
+    def loader(split: str) -> Any:
+        records = read_split(args, split, tokenizer, answers)
+        say(f"{split}: {len(records)} questions")
+        return build_loader(
+            args, records, tokenizer, len(answers), image_size=image_size, train=split == "train", device=device
+        )
+
+    return loader("train"), None if args.train_file and not args.val_file else loader("val")
+
+
+def loss_fn(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """Sum over answers of the binary cross entropy, mean over the batch (``step`` is not used)."""
+    return {"loss": vqa_loss(_forward(model, batch), batch["targets"])}
+
+
+def _forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return model(normalize(batch["image"]), batch["question"], batch["padding_mask"])
+
+
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[str, float]:
+    """Validation: ``score`` = 100 x mean over questions of the target score of the best answer."""
+    sums = {"score": 0.0, "questions": 0.0}
+    batches = forward_batches(
+        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="validating"
+    )
+    for batch, logits in batches:
+        sums["score"] += float(_target_scores(logits, batch["targets"]).sum())
+        sums["questions"] += len(logits)
+    total = sum_over_processes(sums)
+    if total["questions"] != loader.num_samples:
+        raise AssertionError(f"{total['questions']} questions validated instead of {loader.num_samples}")
+    return {"score": 100 * total["score"] / total["questions"]}
+
+
+def _target_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    return targets.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def predict(
+    model: nn.Module,
+    loader: EvalLoader,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> dict[int, dict[str, Any]]:
+    """Best answers of every question: id → {"top": [(label, probability), …], "score": target score of the first}."""
+    local: dict[int, dict[str, Any]] = {}
+    replaced = 0
+    batches = forward_batches(
+        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="predicting"
+    )
+    for batch, logits in batches:
+        probabilities = logits.float().sigmoid()
+        top = probabilities.topk(min(NUM_TOP_ANSWERS, logits.shape[1]), dim=1)
+        scores = _target_scores(logits, batch["targets"])
+        rows = zip(batch["question_id"], top.indices.tolist(), top.values.tolist(), scores.tolist(), strict=True)
+        for question_id, labels, values, score in rows:
+            local[question_id] = {"top": list(zip(labels, values, strict=True)), "score": score}
+        replaced += batch["images_replaced"]
+    replaced = int(sum_over_processes({"replaced": float(replaced)})["replaced"])
+    if replaced:
+        say(f"warning: {replaced} images could not be read and were replaced by a grey one")
+    return gather_by_id(local, expected=loader.num_samples)
+
+
+def run_evaluation(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: XLMRTokenizer,
+    answers: AnswerVocabulary,
+    *,
+    image_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """``--eval``: write the server's prediction file, the top answers, and scores where labels are known."""
+    annotations = _read_annotations(args.annotations) if args.annotations else None
+    records = read_split(args, args.eval_split, tokenizer, answers)
+    if args.shuffle_images:
+        records = _with_shuffled_images(records, args.seed)
+    say(f"{args.eval_split}: {len(records)} questions")
+    loader = build_loader(args, records, tokenizer, len(answers), image_size=image_size, train=False, device=device)
+    predictions = predict(model, loader, device=device, autocast=autocast)
+    if not distributed.is_main():
+        return
+    output = Path(args.output_dir)
+    split = Path(args.eval_split).stem + ("_shuffled_images" if args.shuffle_images else "")
+    chosen = {question_id: answers[row["top"][0][0]] for question_id, row in predictions.items()}
+    entries = submission_entries(chosen, expected_ids=[record.question_id for record in records])
+    submission = output / f"submit_{args.task}_{split}.json"
+    write_json_atomic(submission, entries, indent=2)
+    top = (
+        {"question_id": question_id, "top": [[answers[label], round(p, 6)] for label, p in row["top"]]}
+        for question_id, row in predictions.items()
+    )
+    write_jsonl_atomic(output / f"top_answers_{args.task}_{split}.jsonl", top)
+    say(f"wrote {len(entries)} answers to {submission}")
+    result = {"split": args.eval_split, "questions": len(entries)}
+    labelled = [record.question_id for record in records if record.labels]
+    if labelled:
+        result["score"] = round(100 * sum(predictions[index]["score"] for index in labelled) / len(labelled), 4)
+        result["labelled_questions"] = len(labelled)
+        print(f"score {result['score']:.2f} over {len(labelled)} labelled questions")
+    if annotations is not None:
+        result["official"] = _official_scores(chosen, annotations, args.annotations).official()
+        _print_official(result["official"])
+    write_json_atomic(output / f"result_{args.task}_{split}.json", result, indent=2)
+
+
+def _with_shuffled_images(records: list[VQARecord], seed: int) -> list[VQARecord]:
+    """Every question with the image of another draw: shows what the question's text alone achieves."""
+    order = np.random.default_rng(seed).permutation(len(records))
+    return [replace(record, image_path=records[other].image_path) for record, other in zip(records, order, strict=True)]
+
+
+def _read_annotations(path: str) -> list[dict[str, Any]]:
+    content = read_json(path)
+    rows = content.get("annotations") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} has no list of annotations: give the raw v2_mscoco_<split>_annotations.json")
+    return rows
+
+
+def _official_scores(chosen: dict[int, str], annotations: list[dict[str, Any]], path: str) -> VQAAccuracy:
+    """Official accuracy over the evaluated questions; the file may cover more (val2014 beside 1000 images)."""
+    wanted = [row for row in annotations if isinstance(row, dict) and row.get("question_id") in chosen]
+    if len(wanted) != len(chosen):
+        raise DataError(
+            f"{path} annotates {len(wanted)} of the {len(chosen)} evaluated questions: "
+            "give the annotations of this split"
+        )
+    return vqa_accuracy(chosen, wanted)
+
+
+def _print_official(official: dict[str, Any]) -> None:
+    print(f"official VQA accuracy {official['overall']:.2f}")
+    for title, key in (("answer type", "perAnswerType"), ("question type", "perQuestionType")):
+        for name, value in sorted(official[key].items(), key=lambda item: -item[1]):
+            print(f"  {title:13} {name:32} {value:6.2f}")
+
+
+def top_answers(logits: Tensor, answers: AnswerVocabulary, count: int) -> list[tuple[str, float]]:
+    """The ``count`` most probable answers of one question with their (independent) probabilities."""
+    top = logits.float().sigmoid().topk(min(count, logits.numel()))
+    return [(answers[label], p) for label, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

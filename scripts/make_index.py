@@ -1,0 +1,187 @@
+"""Build the index files that training and evaluation read from the official annotation files of a data set.
+
+python scripts/make_index.py                                           # data and beit3.spm at the default places
+python scripts/make_index.py vqav2 --data_path /data/vqav2 --sentencepiece_model beit3.spm
+python scripts/make_index.py vqav2 --data_path /data/vqav2 --check     # look the written files over
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data.errors import DataError
+from scripts.program import run
+
+DEFAULT_DATA_PATHS = ("data/vqav2", "dataset")
+MODEL_NAME = "beit3.spm"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of this program."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("dataset", nargs="?", choices=sorted(DATASETS), help="which index; found from the files if left out")
+    p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(DEFAULT_DATA_PATHS)}")
+    p.add_argument(
+        "--annotation_path", help="folder of the official JSON files; default: --data_path and its usual ones"
+    )
+    p.add_argument("--output_path", help="folder for the index files; default: --data_path, where training looks")
+    p.add_argument("--sentencepiece_model", help=f"default: ./{MODEL_NAME}, then {MODEL_NAME} in --data_path")
+    p.add_argument("--seed", type=int, default=42, help="of the choice of the rest_val images (%(default)s)")
+    p.add_argument("--num_rest_val_images", type=int, default=1000, help="images of the own validation split (%(default)s)")
+    p.add_argument("--min_answer_count", type=int, default=9, help="occurrences that give an answer a label (%(default)s)")
+    p.add_argument("--check", action="store_true", help="build nothing: check the index files and their images")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build or check the index of each data set asked for or found."""
+    args = parser().parse_args(argv)
+    for flag in ("num_rest_val_images", "min_answer_count"):
+        if getattr(args, flag) < 1:
+            raise DataError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    data_path = _data_path(args)
+    names = [args.dataset] if args.dataset else [n for n, d in DATASETS.items() if d.is_there(data_path, args)]
+    if not names:
+        wanted = "; ".join(f"{name}: {dataset.signs}" for name, dataset in DATASETS.items())
+        raise DataError(
+            f"no known data set in {data_path} ({wanted}): give --data_path, and --annotation_path if apart"
+        )
+    for name in names:
+        action = DATASETS[name].check if args.check else DATASETS[name].build
+        action(data_path, args)
+
+
+def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
+    """Write the VQA v2 index and print what was found, written and left out."""
+    from tqdm import tqdm
+
+    from data.vqav2 import build_vqav2_index
+
+    def progress(images: list, split: str) -> tqdm:
+        return tqdm(images, desc=split, unit="image", mininterval=1.0, disable=None)  # None: only on a terminal
+
+    output_path = Path(args.output_path or data_path)
+    existing = {path.name for path in output_path.glob("*")}
+    tokenizer = _tokenizer(data_path, args)
+    print(f"vqav2: reading the annotations below {args.annotation_path or data_path}", flush=True)
+    summary = build_vqav2_index(
+        data_path,
+        args.annotation_path,
+        tokenizer,
+        output_path,
+        seed=args.seed,
+        min_answer_count=args.min_answer_count,
+        num_rest_val_images=args.num_rest_val_images,
+        progress=progress,
+    )
+    for what, where in summary.found:
+        print(f"  found   {what}: {where}")
+    for name, lines in summary.num_lines.items():
+        print(f"  {'rewritten' if name in existing else 'written'}  {output_path / name}: {lines} lines")
+    for note in summary.notes:
+        print(f"  skipped {note}")
+    print(f"  {summary.num_answers} answers (the published VQA weights have 3129), seed of rest_val {args.seed}")
+
+
+def check_vqav2(data_path: Path, args: argparse.Namespace) -> None:
+    """Check lines, labels, token ids and image files of an existing VQA v2 index; print counts.
+
+    Raises:
+        DataError: a bad line, no index at all, or images that are missing (after the counts are printed).
+    """
+    from data.vqa_answers import AnswerVocabulary
+    from data.vqav2 import ADVICE, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES, read_vqa_index
+
+    folder = Path(args.output_path or data_path)
+    vocabulary = AnswerVocabulary.load(folder / ANSWER_FILE)
+    vocab_size = _tokenizer(data_path, args).vocab_size
+    print(f"vqav2: {folder / ANSWER_FILE}: {len(vocabulary)} answers")
+    needed = {*SPLIT_FILES["train"], *SPLIT_FILES["val"]}
+    others = {"vqa.val.jsonl", *SPLIT_FILES["test"], *SPLIT_FILES["test-dev"], *MAY_BE_EMPTY}
+    missing: dict[str, None] = {}  # a set that keeps its order
+    for name in sorted(needed | others):
+        if name not in needed and not (folder / name).exists():
+            print(f"  {name}: not there")
+            continue
+        labelled = not (name.startswith("vqa.test") or name.endswith(".unlabelled.jsonl"))
+        records = read_vqa_index(folder / name, len(vocabulary), vocab_size, labelled, name in MAY_BE_EMPTY)
+        images = {record.image_path for record in records}
+        absent = _absent_files(data_path, images)
+        missing.update(dict.fromkeys(absent))
+        print(f"  {name}: {len(records)} questions, {len(images)} images, {len(absent)} of them missing")
+    if missing:
+        first = ", ".join(list(missing)[:5])
+        raise DataError(f"{len(missing)} images are missing in {data_path}, the first {first}: add them or {ADVICE}")
+    print("  every line is sound and every image is there")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One row of the table: how to tell that the files are there, and what to do with them."""
+
+    signs: str  # the file that shows it, for messages
+    is_there: Callable[[Path, argparse.Namespace], bool]
+    build: Callable[[Path, argparse.Namespace], None]
+    check: Callable[[Path, argparse.Namespace], None]
+
+
+def _has_vqav2(data_path: Path, args: argparse.Namespace) -> bool:
+    from data.vqav2 import ANNOTATION_PLACES, ANSWER_FILE, QUESTION_FILE, TRAIN
+
+    if args.check:
+        return (Path(args.output_path or data_path) / ANSWER_FILE).is_file()
+    places = [Path(args.annotation_path)] if args.annotation_path else [data_path / p for p in ANNOTATION_PLACES]
+    return any((place / QUESTION_FILE.format(TRAIN)).is_file() for place in places)
+
+
+DATASETS = {
+    "vqav2": Dataset(
+        "v2_OpenEnded_mscoco_train2014_questions.json, or answer2label.txt for --check",
+        _has_vqav2,
+        build_vqav2,
+        check_vqav2,
+    ),
+}
+
+
+def _data_path(args: argparse.Namespace) -> Path:
+    """The folder given, else the first default place that is a folder."""
+    places = [args.data_path] if args.data_path else DEFAULT_DATA_PATHS
+    for place in places:
+        if Path(place).is_dir():
+            return Path(place)
+    looked = " and ".join(f"{place}/" for place in places)
+    raise DataError(f"no data folder (looked for {looked}): give --data_path DIR")
+
+
+def _tokenizer(data_path: Path, args: argparse.Namespace) -> "XLMRTokenizer":  # noqa: F821 (imported late, for --help)
+    from data.tokenizers.spm import WAY_OUT, XLMRTokenizer
+
+    places = [args.sentencepiece_model] if args.sentencepiece_model else [MODEL_NAME, data_path / MODEL_NAME]
+    for place in places:
+        if Path(place).is_file():
+            return XLMRTokenizer(place)
+    raise DataError(f"no sentencepiece model (looked for {', '.join(map(str, places))}): {WAY_OUT}")
+
+
+def _absent_files(root: Path, relative: set[str]) -> list[str]:
+    """Sorted paths that are not there; lists each folder once instead of asking for every file."""
+    listings: dict[str, set[str]] = {}
+    absent = []
+    for path in sorted(relative):
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
+        if name not in listings[folder]:
+            absent.append(path)
+    return absent
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Pictures and pages from JSON files: pure functions, no model code."""
