@@ -1,13 +1,14 @@
 """Drawn scenes with questions, in the file layout of VQA v2: a data set that anyone can make in seconds.
 
-A scene is 1 to 4 coloured shapes on a 3 x 3 grid; everything asked is true by construction, so that a tiny model trained
-from scratch has to look at the picture. Folders, names and JSON keys are the official ones, read by the same code as the
-real data. Two files go beyond them: ``vqa/drawn_test2015_annotations.json`` (the test answers, which VQA v2 keeps to
-itself) and ``vqa/drawn_kinds.json`` (question id to kind of question, for scores per kind).
+A scene is 1 to 4 coloured shapes on a 3 x 3 grid. The answers follow from the scene and hardly from the question, so
+that a tiny model trained from scratch has to look. Folders, names and JSON keys are the official ones, read by the same
+code as the real data. Two files go beyond them: ``vqa/drawn_test2015_annotations.json`` (the test answers, which VQA v2
+keeps to itself) and ``vqa/drawn_kinds.json`` (question id to kind of question, for scores per kind).
 
 Other layouts (captions, VizWiz) can be written from the same ``DrawnImage`` records, without images: ``draw_splits``.
 """
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data.errors import DataError
-from data.files import write_json_atomic
+from data.files import open_atomic
 
 CELL_PX = 32
 SIDE_PX = 3 * CELL_PX
@@ -169,7 +170,9 @@ def _turned(x: float, y: float, quarter_turns: int) -> tuple[float, float]:
 
 def render_scene(scene: Scene, noise: np.random.Generator) -> Image.Image:
     """The picture of a scene: RGB, ``SIDE_PX`` square, drawn at double size and shrunk, with noise on every colour."""
-    picture = Image.new("RGB", (2 * SIDE_PX, 2 * SIDE_PX), _shade(BACKGROUNDS[scene.background], BACKGROUND_SIGMA, noise))
+    picture = Image.new(
+        "RGB", (2 * SIDE_PX, 2 * SIDE_PX), _shade(BACKGROUNDS[scene.background], BACKGROUND_SIGMA, noise)
+    )
     pen = ImageDraw.Draw(picture)
     for item in scene.objects:
         fill, radius = _shade(COLORS[item.color], OBJECT_SIGMA, noise), 2 * RADIUS_PX[item.size]
@@ -188,7 +191,7 @@ def _shade(color: tuple[int, int, int], sigma: float, noise: np.random.Generator
     return tuple(int(value) for value in noise.normal(color, sigma).round().clip(0, 255))
 
 
-# --- questions: each kind is a function of the scene that gives a question, or None where the kind has no sense --------
+# --- questions: each kind is a function of the scene; it gives None where its question would have no sense -----------
 
 
 def _ask_color(scene: Scene, rng: random.Random) -> Question | None:
@@ -247,7 +250,9 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     first, second = rng.sample(scene.objects, 2)
     right, down = second.cell % 3 - first.cell % 3, second.cell // 3 - first.cell // 3
     # Only along an axis on which the two differ, so that "no" always means the opposite.
-    along = [(words, step > 0) for words, step in ((("left of", "right of"), right), (("above", "below"), down)) if step]
+    along = [
+        (words, step > 0) for words, step in ((("left of", "right of"), right), (("above", "below"), down)) if step
+    ]
     (before, after), is_before = rng.choice(along)
     truth = rng.random() < 0.5
     relation = before if is_before == truth else after
@@ -411,7 +416,7 @@ def annotation_records(images: list[DrawnImage]) -> list[dict]:
 
 
 def write_drawn_vqav2(folder: Path, images: dict[str, list[DrawnImage]], seed: int) -> None:
-    """Draw the pictures of ``draw_splits`` and write them with all VQA v2 files into ``folder``; the same bytes each time.
+    """Draw the pictures of ``draw_splits`` and write them with all VQA v2 files; the same bytes each time.
 
     Args:
         folder: made if need be; gets ``train2014/``, ``val2014/``, ``test2015/`` and ``vqa/``.
@@ -424,7 +429,8 @@ def write_drawn_vqav2(folder: Path, images: dict[str, list[DrawnImage]], seed: i
         for image in images[split]:
             render_scene(image.scene, noise).save(folder / split / image.file_name, quality=95)
     for name, content in _vqa_files(images):
-        write_json_atomic(folder / "vqa" / name, content)
+        with open_atomic(folder / "vqa" / name) as file:
+            file.write(json.dumps(content) + "\n")  # json.dump would go through the slow encoder
 
 
 def _vqa_files(images: dict[str, list[DrawnImage]]) -> Iterator[tuple[str, dict]]:

@@ -8,6 +8,8 @@ last word on a JPEG that torchvision refuses. The EXIF orientation is ignored, a
 The size is read from the header and checked before anything is decoded.
 """
 
+import codecs
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -15,13 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.errors import DataError
 
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # announced by torchvision 0.29 for a later release; Pillow's pixels are the same, a little slower
+    decode_jpeg = None
+
 MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
 # Pillow opens many more formats, some by starting other programs (EPS); data sets use these.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _WAY_OUT = "replace the file or remove its entry from the index"
 
 
@@ -65,7 +71,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     if header is not None:
         height, width, channels = header
         _check_size(name, height, width)
-        if channels in (1, 3):
+        if channels in (1, 3) and decode_jpeg is not None:
             try:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).contiguous().numpy()
@@ -110,6 +116,8 @@ def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
         raise _unreadable(name, _describe_foreign(data)) from None
     except Exception as error:  # Pillow's format plugins raise about every kind of error on broken files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if reason == "cannot load this image":  # Pillow's words for this case
+            reason = "it has a header but no image data"
         raise _unreadable(name, reason) from None
 
 
@@ -119,8 +127,10 @@ def _describe_foreign(data: bytes) -> str:
         return "it holds a web page or XML, not an image"
     if start.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer, not the image itself"
-    if start and all(byte >= 32 or byte in b"\t\r\n" for byte in start):
-        return "it holds text, not an image"
+    with contextlib.suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # may end within a character
+        if all(letter.isprintable() or letter.isspace() for letter in text):
+            return "it holds text, not an image"
     return f"no image format that is read here ({', '.join(FORMATS)}), or its header is broken"
 
 

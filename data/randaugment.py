@@ -111,9 +111,10 @@ class RandAugment:
     def draw(self, rng: RandomDraws) -> list[tuple[str, float | None]]:
         """Draw names and final arguments of the operations for one image; those skipped are left out."""
         names = [POLICY_OPS[index] for index in rng.choice(len(POLICY_OPS), self.num_ops)]
-        return [(name, self._draw_argument(name, rng)) for name in names if rng.random() <= 0.5]
+        return [(name, self.draw_argument(name, rng)) for name in names if rng.random() <= 0.5]
 
-    def _draw_argument(self, name: str, rng: RandomDraws) -> float | None:
+    def draw_argument(self, name: str, rng: RandomDraws) -> float | None:
+        """Argument of one operation at this magnitude; draws only a sign, and only where there is one."""
         level = self.magnitude / MAX_MAGNITUDE
         if name in ("Brightness", "Sharpness"):
             return level * 1.8 + 0.1
@@ -176,9 +177,8 @@ def _posterize(image: np.ndarray, bits: int, reference: bool, fill: int) -> np.n
 
 
 def _color(image: np.ndarray, factor: float, reference: bool, fill: int) -> np.ndarray:
-    gray = np.repeat(
-        np.array(GRAY_WEIGHTS)[:, None], 3, axis=1
-    )  # (3 in, 3 out): every output channel is the gray value
+    # (3 in, 3 out): every output channel gets the gray value
+    gray = np.repeat(np.array(GRAY_WEIGHTS)[:, None], 3, axis=1)
     mix = (np.eye(3) - gray).astype(np.float32) * np.float32(factor) + gray.astype(np.float32)
     return np.matmul(image, mix).clip(0, 255).astype(np.uint8)
 

@@ -5,6 +5,7 @@ rest_val by a seeded rule, so that two builds are equal byte for byte; the val q
 the original drops, are kept beside (``*.unlabelled.jsonl``), since the official accuracy counts them.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,11 +26,12 @@ ANSWER_FILE = "answer2label.txt"
 SPLIT_FILES = {  # what training and evaluation read
     "train": ("vqa.train.jsonl", "vqa.trainable_val.jsonl"),
     "val": ("vqa.rest_val.jsonl",),
+    "val2014": ("vqa.val.jsonl",),
     "test": ("vqa.test.jsonl",),
     "test-dev": ("vqa.test-dev.jsonl",),
 }
 # all of val is rest_val while it has at most 1000 images, and every question may have a known answer
-MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", "vqa.val.unlabelled.jsonl", "vqa.rest_val.unlabelled.jsonl")
+MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", *UNLABELLED_FILES.values())
 ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
 ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
 IMAGE_PLACES = ("", "images")
@@ -37,6 +39,8 @@ QUESTION_FILE = "v2_OpenEnded_mscoco_{}_questions.json"
 ANSWERS_FILE = "v2_mscoco_{}_annotations.json"
 TRAIN, VAL, TEST = "train2014", "val2014", "test2015"
 TEST_SPLITS = (("test", TEST), ("test-dev", "test-dev2015"))  # both ask about the images of test2015
+ONLY_INT = frozenset((int,))
+NUMBERS = frozenset((int, float))
 
 Progress = Callable[[Iterable, str], Iterable]
 
@@ -232,7 +236,9 @@ class _IndexWriter:
         for name in names:
             try:
                 self._files[name] = self._stack.enter_context(open_atomic(self._folder / name))
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
                 raise DataError(
                     f"cannot write {self._folder / name} ({error.strerror}): make a folder of your own with links to "
                     "train2014, val2014, test2015 and give it as --data_path"
@@ -405,39 +411,42 @@ def parse_index_line(
     except KeyError as error:
         raise DataError(f"{where()}: the key {error} is missing, this is no VQA index line: {ADVICE}") from None
     if type(path) is not str or path not in shared:
-        check_relative(path, where())
+        shared[check_relative(path, where())] = path
     if type(qid) is not int:
         raise DataError(f"{where()}: qid must be a whole number, got {qid!r:.80}")
-    tokens = _whole_numbers(tokens, "text_segment", "the tokenizer's vocabulary", vocab_size, where)
+    if _not_of(ONLY_INT, tokens) or min(tokens, default=0) < 0 or (vocab_size and max(tokens, default=0) >= vocab_size):
+        raise DataError(f"{where()}: {_out_of_range('text_segment', tokens, vocab_size, 'vocabulary')}")
     if not tokens:
         raise DataError(f"{where()}: text_segment is empty; every question needs a text")
-    labels = _whole_numbers(labels, "labels", "the answer list", num_answers, where)
+    if (
+        _not_of(ONLY_INT, labels)
+        or min(labels, default=0) < 0
+        or (num_answers and max(labels, default=0) >= num_answers)
+    ):
+        raise DataError(f"{where()}: {_out_of_range('labels', labels, num_answers, 'answer list')}")
+    if len(labels) > 1 and len(set(labels)) < len(labels):
+        raise DataError(f"{where()}: a label stands twice in {labels!r:.120}")
     if type(scores) is not list or len(scores) != len(labels):
         raise DataError(f"{where()}: scores must be a list as long as labels ({len(labels)}), got {scores!r:.80}")
-    for score in scores:
-        if type(score) not in (float, int) or not 0 <= score <= 1:
-            raise DataError(f"{where()}: a score must be a number in [0, 1], got {score!r:.80}")
-    if len(labels) > 1 and len(set(labels)) < len(labels):
-        raise DataError(f"{where()}: a label stands twice in {list(labels)!r:.120}")
-    # whole-number and fraction tuples can be equal (1 == 1.0), so they are shared under different keys
-    scores = tuple(map(float, scores))
-    return VQARecord(
-        shared.setdefault(path, path),
-        shared.setdefault(tokens, tokens),
-        shared.setdefault(labels, labels),
-        shared.setdefault(("scores", scores), scores),
-        qid,
-    )
+    if _not_of(NUMBERS, scores) or min(scores, default=0) < 0 or max(scores, default=0) > 1:
+        raise DataError(f"{where()}: a score must be a number in [0, 1], got {scores!r:.80}")
+    tokens, labels, scores = tuple(tokens), tuple(labels), tuple(map(float, scores))
+    # (1,) and (1.0,) are equal keys, so scores are kept apart from labels
+    scores = shared.setdefault(("scores", scores), scores)
+    return VQARecord(shared[path], shared.setdefault(tokens, tokens), shared.setdefault(labels, labels), scores, qid)
 
 
-def _whole_numbers(values: Any, key: str, of: str, limit: int | None, where: Callable[[], str]) -> tuple[int, ...]:
-    if type(values) is not list or not all(kind is int for kind in set(map(type, values))):
-        raise DataError(f"{where()}: {key} must be a list of whole numbers, got {values!r:.80}")
-    if values and (min(values) < 0 or (limit is not None and max(values) >= limit)):
-        bound = "" if limit is None else f" and below {limit}, the size of {of}"
-        bad = next(v for v in values if v < 0 or (limit is not None and v >= limit))
-        raise DataError(f"{where()}: {key} must be at least 0{bound}, got {bad}: {ADVICE}, or give the matching file")
-    return tuple(values)
+def _not_of(kinds: frozenset[type], values: Any) -> bool:
+    """Whether this is anything but a list of these types (true and false, which count as int elsewhere, are not)."""
+    return type(values) is not list or not kinds.issuperset(map(type, values))
+
+
+def _out_of_range(key: str, values: Any, limit: int | None, of: str) -> str:
+    if _not_of(ONLY_INT, values):
+        return f"{key} must be a list of whole numbers, got {values!r:.80}"
+    bound = f" and below {limit}, the size of the {of}" if limit else ""
+    bad = next(value for value in values if value < 0 or (limit and value >= limit))
+    return f"{key} must be at least 0{bound}, got {bad}: {ADVICE}, or give the matching file"
 
 
 def read_vqav2_split(
@@ -447,14 +456,15 @@ def read_vqav2_split(
     vocab_size: int | None = None,
     with_unlabelled: bool = False,
 ) -> list[VQARecord]:
-    """Records of a split as training and evaluation use it: train is train + trainable_val, val is rest_val.
+    """Records of a split as training and evaluation use it: train is train + trainable_val, val is rest_val,
+    val2014 all of val.
 
     Args:
         data_path: folder of the index files.
         split: a key of ``SPLIT_FILES``.
         num_answers: see ``read_vqa_index``.
         vocab_size: see ``read_vqa_index``.
-        with_unlabelled: for val, add the questions without a known answer, which the official accuracy counts.
+        with_unlabelled: for val and val2014, add the questions without a known answer, which the official accuracy counts.
 
     Raises:
         DataError: unknown split, and as ``read_vqa_index``; also if two files share a question id.
@@ -462,8 +472,8 @@ def read_vqav2_split(
     if split not in SPLIT_FILES:
         raise DataError(f"unknown split {split!r}: choose from {', '.join(SPLIT_FILES)}")
     names = SPLIT_FILES[split]
-    if with_unlabelled and split == "val":
-        names += ("vqa.rest_val.unlabelled.jsonl",)
+    if with_unlabelled and split in UNLABELLED_FILES:
+        names += (UNLABELLED_FILES[split],)
     parts = [
         read_vqa_index(Path(data_path) / name, num_answers, vocab_size, split == "train", name in MAY_BE_EMPTY)
         for name in names

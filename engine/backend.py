@@ -119,7 +119,6 @@ class TorchBackend:
                 model,
                 device_ids=[device.index] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
             )
             self._set_gradient_exchange()
 

@@ -122,16 +122,15 @@ def check_manifest(folder: Path) -> str | None:
 
 def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest sound checkpoint of a run, and one line for each unsound one that was passed over."""
-    candidates = []
-    for folder in output_dir.glob("checkpoint-*"):
+    candidates, skipped = [], []
+    for folder in sorted(output_dir.glob("checkpoint-*")):
         if not folder.is_dir() or folder.name.endswith("-best"):
             continue
         try:
             step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["global_step"]
+            candidates.append((step, folder.name, folder))
         except (OSError, ValueError, KeyError, TypeError):
-            step = -1
-        candidates.append((step, folder.name, folder))
-    skipped = []
+            skipped.append(f"{folder} is passed over: {check_manifest(folder)}")
     for _, _, folder in sorted(candidates, reverse=True):
         problem = check_manifest(folder)
         if problem is None:

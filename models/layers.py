@@ -1,11 +1,67 @@
-"""Small pieces that several families share: attention, stochastic depth, truncated-normal start values.
+"""Small pieces that several families share: linear layer, attention, stochastic depth, truncated-normal start values.
 
 Letters: B batch, H heads, Q queries, K keys, C channels of a head.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# Below this many rows a product is bound by reading the weights, and torch's own path has less overhead.
+_MIN_ROWS_FOR_ONEDNN = 128
+# torch multiplies float32 matrices on x86 with MKL, which on AMD processors has half of the speed of oneDNN (measured
+# on an EPYC with AVX-512: 95 against 180 GFLOP/s a core). oneDNN's linear op is in every x86 build of torch, but has no
+# public name.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that computes large float32 products on the CPU with oneDNN, forward and backward; else exactly it.
+
+    The same numbers but for rounding: the largest relative error of a product is 1e-6 where MKL's is 4e-7.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if _use_onednn(x, self.weight):
+            return _OneDnnLinear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _ONEDNN_LINEAR is not None
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= _MIN_ROWS_FOR_ONEDNN * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn_product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x = _onednn_product(grad, weight.t().contiguous()) if needs_x else None
+        grad_weight = _onednn_product(grad_rows.t(), rows.t()) if needs_weight else None
+        return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias."""
+    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -36,9 +92,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
 def drop_path_scales(rate: float, num_layers: int, num_branches: int, batch_size: int, device: torch.device) -> Tensor:
     """Draw stochastic depth for a whole network at once: what each residual branch of each sample is multiplied by.
 
-    The rate grows linearly from 0 in the first layer to ``rate`` in the last. A sample's branch is kept with probability 1 - p and
-    then divided by 1 - p, else it is zero. The draws are an input of the layers, not made inside: compiled layers then share
-    one graph whatever their rate, and recomputed ones (activation checkpointing) see the same draw.
+    The rate grows linearly from 0 in the first layer to ``rate`` in the last. A sample's branch is kept with
+    probability 1 - p and then divided by 1 - p, else it is zero. The draws are an input of the layers, not made
+    inside: compiled layers then share one graph whatever their rate, and recomputed ones (activation checkpointing)
+    see the same draw.
 
     Returns:
         (num_layers, num_branches, batch_size, 1, 1), float32.
@@ -55,7 +112,12 @@ def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def init_linear_truncated_(linear: nn.Linear, *, std: float = 0.02, bound: float = 0.02) -> None:
-    """Weights from a normal distribution cut off at +-``bound``, bias zero, in place."""
-    nn.init.trunc_normal_(linear.weight, std=std, a=-bound, b=bound)
+    """Weights from a normal distribution cut off at +-``bound``, bias zero, in place.
+
+    Drawn by inverting the distribution function: ``torch.nn.init.trunc_normal_`` takes 1.8 s (measured, torch 2.15)
+    for a matrix of the base model where this takes 0.04 s.
+    """
+    limit = math.erf(bound / (std * math.sqrt(2)))
+    linear.weight.uniform_(-limit, limit).erfinv_().mul_(std * math.sqrt(2)).clamp_(-bound, bound)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -1,4 +1,4 @@
-"""Give a model its weights, strictly: whatever does not fit is named, and nothing is skipped that the caller did not list."""
+"""Give a model its weights, strictly: whatever does not fit is named, and only what the caller listed is skipped."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _NUM_SHOWN = 6  # names listed per kind of problem, so that the message stays on
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened: names loaded, names that keep their start values, names of the file that the model has no place for."""
+    """Names loaded, names that keep their start values, names of the file that have no place in the model."""
 
     loaded: tuple[str, ...]
     newly_initialised: tuple[str, ...]
@@ -39,14 +39,14 @@ def load_weights(
         may_be_extra: patterns of names in the file that the model may lack.
 
     Raises:
-        ModelError: one message with everything missing, unexpected or of another shape beyond what the patterns allow; or a value
-            that is no tensor, NaN or infinite. The model is unchanged then.
+        ModelError: one message with everything missing, unexpected or of another shape beyond what the patterns
+            allow; or a value that is no tensor, NaN or infinite. The model is unchanged then.
     """
     own = model.state_dict()
     for name, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise ModelError(
-                f"the checkpoint's entry {name!r} is a {type(value).__name__}, not a tensor: give a file of model weights"
+                f"the checkpoint's entry {name!r} is a {type(value).__name__}, not a tensor: give a file of weights"
             )
     missing = sorted(own.keys() - state_dict.keys())
     extra = sorted(state_dict.keys() - own.keys())
@@ -66,7 +66,8 @@ def load_weights(
         value = state_dict[name]
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(
-                f"the checkpoint's weight {name!r} holds NaN or infinite values: the file is damaged or its training diverged"
+                f"the checkpoint's weight {name!r} holds NaN or infinite values: the file is damaged or its training "
+                f"diverged, give another one"
             )
     with torch.no_grad():
         for name in loaded:

@@ -1,4 +1,4 @@
-"""Learned position tables at another image resolution (BEiT-3 and VLE fine-tune at a larger size than they pre-train)."""
+"""Learned position tables at another image resolution: BEiT-3 and VLE fine-tune at a larger one than they pre-train."""
 
 import math
 
@@ -12,7 +12,8 @@ from models.errors import ModelError
 def resize_pos_embed(table: Tensor, grid: int, num_prefix: int) -> Tensor:
     """Resample a learned position table to another square patch grid.
 
-    The rows before the patches stay as they are; the rest is interpolated bicubically in float32, corners not aligned, no antialiasing.
+    The rows before the patches stay as they are; the rest is interpolated bicubically in float32, corners not
+    aligned, no antialiasing.
 
     Args:
         table: (num_prefix + g * g, D) rows of the checkpoint.
@@ -29,8 +30,8 @@ def resize_pos_embed(table: Tensor, grid: int, num_prefix: int) -> Tensor:
     old_grid = math.isqrt(max(num_patches, 0))
     if old_grid == 0 or old_grid * old_grid != num_patches:
         raise ModelError(
-            f"a position table of {table.shape[0]} rows has {num_patches} patch rows after its first {num_prefix}, which is not a "
-            f"square number: only tables of square images can be resized"
+            f"a position table of {table.shape[0]} rows has {num_patches} patch rows after its first {num_prefix}, "
+            f"which is not a square number: only tables of square images can be resized"
         )
     if old_grid == grid:
         return table

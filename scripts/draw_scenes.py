@@ -20,7 +20,9 @@ INDEX_THRESHOLD = 9  # answers that are rarer over train and val get no label in
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("quickstart/data"), help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart/data"), help="folder to make (default: %(default)s)"
+    )
     parser.add_argument("--num_train", type=int, default=3000, help="train images, six questions each (default: 3000)")
     parser.add_argument("--num_val", type=int, default=300, help="val images (default: 300)")
     parser.add_argument("--num_test", type=int, default=300, help="test images (default: 300)")
@@ -71,7 +73,8 @@ def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:
         raise DataError(f"{note} is not a note of this program: delete {folder} or give another --output")
     if not overwrite:
         raise DataError(
-            f"{folder} holds another drawing ({_described(earlier)}): give another --output, or --overwrite to replace it"
+            f"{folder} holds another drawing ({_described(earlier)}): "
+            "give another --output, or --overwrite to replace it"
         )
     for old in [*folder.glob("*20*/COCO_*_*.jpg"), *folder.glob("vqa/*"), *folder.glob("*.jsonl")]:
         old.unlink()  # the .jsonl files are an index of the pictures that go
@@ -93,7 +96,7 @@ def _print_answers(annotations: list[dict]) -> None:
     rare = sorted(answer for answer, count in counts.items() if count < INDEX_THRESHOLD)
     print(f"{len(annotations)} train and val questions, {len(counts)} different answers")
     if rare:
-        print(f"note: fewer than {INDEX_THRESHOLD} times, so without a label: {', '.join(rare)} (draw more with --num_train)")
+        print(f"note: without a label, because fewer than {INDEX_THRESHOLD} (draw more images): {', '.join(rare)}")
 
 
 def _print_priors(train: list[dict], val: list[dict], texts: dict[int, str]) -> None:

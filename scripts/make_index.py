@@ -33,8 +33,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output_path", help="folder for the index files; default: --data_path, where training looks")
     p.add_argument("--sentencepiece_model", help=f"default: ./{MODEL_NAME}, then {MODEL_NAME} in --data_path")
     p.add_argument("--seed", type=int, default=42, help="of the choice of the rest_val images (%(default)s)")
-    p.add_argument("--num_rest_val_images", type=int, default=1000, help="images of the own validation split (%(default)s)")
-    p.add_argument("--min_answer_count", type=int, default=9, help="occurrences that give an answer a label (%(default)s)")
+    p.add_argument(
+        "--num_rest_val_images", type=int, default=1000, help="images of the own validation split (%(default)s)"
+    )
+    p.add_argument(
+        "--min_answer_count", type=int, default=9, help="occurrences that give an answer a label (%(default)s)"
+    )
     p.add_argument("--check", action="store_true", help="build nothing: check the index files and their images")
     return p
 

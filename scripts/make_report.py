@@ -15,6 +15,7 @@ from scripts.program import run
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 PLACES = ("vqa", "", "annotations", "vqa/annotations")  # below the data folder, as for the index builder
 IMAGE_PLACES = ("", "images")
+ANSWER_KEYS = {"answer_type": str, "question_type": str, "multiple_choice_answer": str}
 KINDS_FILE = "drawn_kinds.json"
 COLUMNS = ["Model", "Shuffled images", "Question only", "Most frequent of type"]
 
@@ -29,7 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--top_answers", type=Path, help="default: top_answers_vqav2_<split>.jsonl beside the predictions, if there"
     )
-    parser.add_argument("--shuffled", type=Path, help="predictions made with shuffled images, for comparison")
+    parser.add_argument(
+        "--shuffled",
+        type=Path,
+        help="predictions made with --shuffle_images, for comparison (default: "
+        "submit_vqav2_<split>_shuffled_images.json beside the predictions, if there)",
+    )
     parser.add_argument("--annotations", type=Path, help="default: looked for below --data_path")
     parser.add_argument("--output", type=Path, help="folder for the report (default: --run)")
     parser.add_argument("--title", default="Predictions", help="heading of the page")
@@ -59,11 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     top = read_top_answers(top_file) if args.top_answers or top_file.exists() else {}
 
     columns = {"Model": answers, **_priors(args.data_path, split)}
-    if args.shuffled:
-        shuffled = read_predictions(args.shuffled)
+    shuffled_file = args.shuffled or predictions_file.with_name(f"submit_vqav2_{args.split}_shuffled_images.json")
+    if args.shuffled or shuffled_file.exists():
+        shuffled = read_predictions(shuffled_file)
         missing = [qid for qid in answers if qid not in shuffled]
         if missing:
-            raise DataError(f"{args.shuffled} lacks question {missing[0]} of {predictions_file}: predict the same split")
+            raise DataError(
+                f"{shuffled_file} lacks question {missing[0]} of {predictions_file}: predict the same split"
+            )
         columns["Shuffled images"] = {qid: shuffled[qid] for qid in answers}
     names = [name for name in COLUMNS if name in columns]
     table, scores = score_table({name: columns[name] for name in names}, split)
@@ -130,7 +139,9 @@ def read_top_answers(path: Path) -> dict[int, list[tuple[str, float]]]:
         pairs = line.get("top")
         is_good = isinstance(line.get("question_id"), int) and isinstance(pairs, list)
         if not is_good or not all(_is_answer_and_share(pair) for pair in pairs):
-            raise DataError(f'{path}, record {number}: expected {{"question_id": number, "top": [[answer, probability], ...]}}')
+            raise DataError(
+                f'{path}, record {number}: expected {{"question_id": number, "top": [[answer, probability], ...]}}'
+            )
         top[line["question_id"]] = [(answer, float(share)) for answer, share in pairs]
     return top
 
@@ -153,8 +164,8 @@ def read_split(data_path: Path, name: str, annotations: Path | None, *, wanted: 
         way_out = "VQA v2 publishes no test answers, use --split val" if is_test else "give --annotations"
         annotations = _find(data_path, file_name, way_out)
     questions_file = _find(data_path, f"v2_OpenEnded_mscoco_{split}_questions.json", "check --data_path")
-    questions = _by_id(questions_file, "questions", ("image_id", "question"))
-    annotated = _by_id(annotations, "annotations", ("answers", "answer_type", "question_type", "multiple_choice_answer"))
+    questions = _by_id(questions_file, "questions", {"image_id": int, "question": str})
+    annotated = _by_id(annotations, "annotations", {"answers": list, **ANSWER_KEYS})
     for path, known in ((questions_file, questions), (annotations, annotated)):
         unknown = sorted(wanted - set(known))
         if unknown:
@@ -183,15 +194,16 @@ def _find(data_path: Path, name: str, way_out: str) -> Path:
     raise DataError(f"no {name} in {data_path} or its vqa/ and annotations/ folders: {way_out}")
 
 
-def _by_id(path: Path, key: str, needed: tuple[str, ...]) -> dict[int, dict]:
+def _by_id(path: Path, key: str, needed: dict[str, type]) -> dict[int, dict]:
     content = read_json(path)
     records = content.get(key) if isinstance(content, dict) else None
     if not isinstance(records, list) or not records:
         raise DataError(f'{path} has no list "{key}": is it the official file of VQA v2?')
     by_id = {}
     for place, record in enumerate(records):
-        if not isinstance(record, dict) or not {"question_id", *needed} <= set(record):
-            raise DataError(f"{path}: {key}[{place}] needs question_id, {', '.join(needed)}; got {record!r:.80}")
+        for name, kind in {"question_id": int, **needed}.items():
+            if not isinstance(record, dict) or type(record.get(name)) is not kind:
+                raise DataError(f'{path}: {key}[{place}] needs "{name}" of type {kind.__name__}, got {record!r:.80}')
         by_id[record["question_id"]] = record
     return by_id
 
@@ -204,11 +216,13 @@ def _priors(data_path: Path, split: Split) -> dict[str, dict[int, str]]:
     from scripts.report import priors
 
     train_file = _find(data_path, "v2_mscoco_train2014_annotations.json", "priors are computed from the train answers")
-    train = _by_id(train_file, "annotations", ("answer_type", "question_type", "multiple_choice_answer"))
+    train = _by_id(train_file, "annotations", ANSWER_KEYS)
     questions_file = _find(data_path, "v2_OpenEnded_mscoco_train2014_questions.json", "priors need the train questions")
-    questions = {**_by_id(questions_file, "questions", ("question",)), **split.questions}
+    questions = {**_by_id(questions_file, "questions", {"question": str}), **split.questions}
     if unasked := [qid for qid in train if qid not in questions]:
-        raise DataError(f"{train_file} has question {unasked[0]}, which {questions_file} has not: take files of one release")
+        raise DataError(
+            f"{train_file} has question {unasked[0]}, which {questions_file} has not: take files of one release"
+        )
     texts = {qid: record["question"] for qid, record in questions.items()}
     train_records, records = list(train.values()), list(split.annotations.values())
     return {

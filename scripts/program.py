@@ -22,6 +22,9 @@ def run(main: Callable[[], None]) -> None:
         _leave(2, error)
     except RunError as error:
         _leave(1, error)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # a full disk, a vanished network share: the file system said no while we worked
         _leave(
             1,

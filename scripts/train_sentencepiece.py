@@ -18,7 +18,12 @@ from data.errors import DataError
 from data.files import iterate_jsonl, read_json
 from scripts.program import run
 
-SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}  # the tokenizer adds XLM-R's own ids outside the model
+SPECIAL_IDS = {
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+}  # the tokenizer adds XLM-R's own ids outside the model
 MAX_TEXT_BYTES = 65536
 MAX_PIECE_CHARACTERS = 16  # sentencepiece's own limit
 MAX_SEED_WORDS = 20_000
@@ -34,9 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="VQA question files (.json), records with a question or captions (.jsonl), or plain text, one text a line",
     )
-    parser.add_argument("--output", type=Path, default=Path("beit3.spm"), help="model file to write (default: %(default)s)")
     parser.add_argument(
-        "--vocab_size", type=int, default=300, help="at most so many pieces; fewer where the texts have no more (default: 300)"
+        "--output", type=Path, default=Path("beit3.spm"), help="model file to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=300,
+        help="at most so many pieces; fewer where the texts have no more (default: 300)",
     )
     return parser
 
@@ -136,7 +146,9 @@ def read_texts(path: Path) -> Iterator[str]:
     for text in texts:
         line = " ".join(text.split())
         if len(line.encode("utf-8")) > MAX_TEXT_BYTES:
-            raise DataError(f"{path} has a text of {len(line)} characters: split it, at most {MAX_TEXT_BYTES} bytes a text")
+            raise DataError(
+                f"{path} has a text of {len(line)} characters: split it, at most {MAX_TEXT_BYTES} bytes a text"
+            )
         if line:
             yield line
 
@@ -145,7 +157,9 @@ def _questions_of(path: Path) -> list[str]:
     content = read_json(path)
     records = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(records, list):
-        raise DataError(f'{path} has no questions: expected {{"questions": [{{"question": text, ...}}]}} or a list of such')
+        raise DataError(
+            f'{path} has no questions: expected {{"questions": [{{"question": text, ...}}]}} or a list of such'
+        )
     texts = [record.get("question") if isinstance(record, dict) else None for record in records]
     for row, text in enumerate(texts):
         if not isinstance(text, str):

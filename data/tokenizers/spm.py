@@ -54,12 +54,14 @@ class SentencePieceModel:
         Raises:
             DataError: if the text has lone surrogates, which cannot be written as UTF-8.
         """
-        try:
-            return self.processor.EncodeAsIds(text)
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{text!r:.80} holds half a surrogate pair (a broken \\ud... escape): mend the text"
-            ) from None
+        if not text.isascii():  # sentencepiece reports what it cannot convert differently from version to version
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{text!r:.80} holds half a surrogate pair (a broken \\ud... escape): mend it"
+                ) from None
+        return self.processor.EncodeAsIds(text)
 
     def decode(self, pieces: list[int]) -> str:
         """Text of piece ids: pieces joined, word-start marks as spaces, ends stripped."""

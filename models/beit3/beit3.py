@@ -1,11 +1,13 @@
-"""BEiT-3's trunk: one Transformer over image and text tokens with separate weights for each (Wang et al. 2022, "Image as a Foreign
-Language"; original: torchscale's ``BEiT3``).
+"""BEiT-3's trunk: one Transformer over image and text tokens with separate weights for each.
 
-Differences, none of which changes a number beyond rounding: image and text stay two tensors through the layers and meet in the
-attention only, so nothing else is split or joined; the last layer computes just the tokens that are read (``keep``); captioning attends to
-the image without a mask. No shared vision-language expert and no relative positions: the released models have neither.
+Source: Wang et al. 2022, "Image as a Foreign Language"; original: torchscale's ``BEiT3``.
 
-Letters: B batch, I image tokens (class token first), T text tokens, N = I + T, P patches, D width, F = hidden width, H heads.
+Differences, none of which changes a number beyond rounding: image and text stay two tensors through the layers and
+meet in the attention only, so nothing else is split or joined; the last layer computes just the tokens that are read
+(``keep``); captioning attends to the image without a mask. No shared vision-language expert and no relative
+positions: the released models have neither.
+
+Letters: B batch, I image tokens (class token first), T text tokens, N = I + T, P patches, D width, H heads.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.beit3.config import BEiT3Config
 from models.errors import ModelError
-from models.layers import add_residual, attention, drop_path_scales, init_linear_truncated_
+from models.layers import Linear, add_residual, attention, drop_path_scales, init_linear_truncated_
 
 _FIRST_POSITION = 2  # both position tables begin with two rows that no token uses
 
@@ -31,6 +33,7 @@ class Multiway(nn.Module):
     """Two modules of one shape: ``A`` for the image tokens, ``B`` for the text tokens."""
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
+        """Call ``build`` twice, A first."""
         super().__init__()
         self.A = build()
         self.B = build()
@@ -55,12 +58,13 @@ class MultiwayAttention(nn.Module):
     """Joint self-attention over image and text, with a layer norm before the output projection (sub-LN)."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        """``dim`` is D, split evenly over the heads."""
         super().__init__()
         self.num_heads = num_heads
-        self.k_proj = Multiway(partial(nn.Linear, dim, dim))
-        self.v_proj = Multiway(partial(nn.Linear, dim, dim))
-        self.q_proj = Multiway(partial(nn.Linear, dim, dim))
-        self.out_proj = Multiway(partial(nn.Linear, dim, dim))
+        self.k_proj = Multiway(partial(Linear, dim, dim))
+        self.v_proj = Multiway(partial(Linear, dim, dim))
+        self.q_proj = Multiway(partial(Linear, dim, dim))
+        self.out_proj = Multiway(partial(Linear, dim, dim))
         self.inner_attn_ln = Multiway(partial(nn.LayerNorm, dim, eps=eps))
 
     def forward(
@@ -82,7 +86,8 @@ class MultiwayAttention(nn.Module):
         v_image, v_text = self.v_proj(image, text)
         if masks.text is not None:
             out_image = self.attend(q_image, k_image, v_image)
-            out_text = self.attend(q_text, join(k_image, k_text), join(v_image, v_text), masks.text)
+            mask = masks.text[..., : q_text.shape[1], :]
+            out_text = self.attend(q_text, join(k_image, k_text), join(v_image, v_text), mask)
         else:
             out = self.attend(join(q_image, q_text), join(k_image, k_text), join(v_image, v_text), masks.joint)
             out_image, out_text = _split(out, q_image, q_text)
@@ -102,9 +107,10 @@ class FeedForward(nn.Module):
     """Two linear layers with an exact (erf) GELU and a layer norm on the hidden state (sub-LN)."""
 
     def __init__(self, dim: int, hidden_dim: int, eps: float) -> None:
+        """``hidden_dim`` is the width between the two layers."""
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.ffn_layernorm = nn.LayerNorm(hidden_dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +122,7 @@ class EncoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, everything but the attention itself once per modality."""
 
     def __init__(self, config: BEiT3Config) -> None:
+        """All layers are alike."""
         super().__init__()
         dim, eps = config.embed_dim, config.layernorm_eps
         self.self_attn = MultiwayAttention(dim, config.num_heads, eps)
@@ -153,6 +160,7 @@ class Encoder(nn.Module):
     """Position tables, the layers, and for some tasks a final layer norm."""
 
     def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool) -> None:
+        """``checkpoint_activations`` recomputes each layer in the backward pass instead of storing its activations."""
         super().__init__()
         self.drop_path = config.drop_path
         self.checkpoint_activations = checkpoint_activations
@@ -190,6 +198,7 @@ class VisionEmbedding(nn.Module):
     """Image patches -> tokens, class token first."""
 
     def __init__(self, config: BEiT3Config) -> None:
+        """Sizes from the configuration; start values of the tokens are zero."""
         super().__init__()
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.mask_token = nn.Parameter(
@@ -226,6 +235,7 @@ class BEiT3(nn.Module):
     """Embeddings and encoder."""
 
     def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+        """Modules only, with torch's own start values: the task models set theirs with ``init_beit3_weights``."""
         super().__init__()
         self.config = config
         self.text_embed = nn.Embedding(config.vocab_size, config.embed_dim)
@@ -246,10 +256,12 @@ class BEiT3(nn.Module):
         Args:
             image: (B, 3, S, S) or None.
             text: (B, T) token ids or None.
-            padding_mask: (B, T), 1 where padded; None when nothing is, which lets the faster attention kernels be chosen.
+            padding_mask: (B, T), 1 where padded; None when nothing is, which lets the faster attention kernels be
+                chosen.
             causal_text: captioning: the image looks at the image, text token i at the image and text tokens 0..i.
-            keep: how many first image and text tokens are read afterwards; the last layer computes no others. A stream of which
-                none is kept comes back empty, and its part of the last layer gets zero gradients (not None).
+            keep: how many first image and text tokens are read afterwards; the last layer computes no others. A
+                stream of which none is kept comes back empty, and its part of the last layer gets zero gradients (not
+                None).
 
         Returns:
             (B, I or keep[0], D) and (B, T or keep[1], D); None for an absent modality.
@@ -265,8 +277,8 @@ class BEiT3(nn.Module):
             last = text.shape[1] + _FIRST_POSITION
             if last > table_text.shape[0]:
                 raise ModelError(
-                    f"a text of {text.shape[1]} tokens is longer than the {table_text.shape[0] - _FIRST_POSITION} positions of the model: "
-                    f"lower --num_max_bpe_tokens"
+                    f"a text of {text.shape[1]} tokens is longer than the {table_text.shape[0] - _FIRST_POSITION} "
+                    f"positions of the model: lower --num_max_bpe_tokens"
                 )
             text_tokens = self.text_embed(text) + table_text[_FIRST_POSITION:last]
             if padding_mask is not None:
@@ -318,8 +330,8 @@ def _split(joined: Tensor, image: Tensor | None, text: Tensor | None) -> Streams
 def _tie_empty(image: Tensor | None, text: Tensor | None) -> Streams:
     """Add the sum of an empty stream, which is 0, to the other one.
 
-    The empty stream's modules so belong to the graph of whatever is computed next and get zero gradients instead of none, as in the
-    original; then data-parallel training needs no search for unused parameters.
+    The empty stream's modules so belong to the graph of whatever is computed next and get zero gradients instead of
+    none, as in the original; then data-parallel training needs no search for unused parameters.
     """
     if image is None or text is None:
         return image, text
@@ -355,8 +367,8 @@ def init_beit3_weights(model: nn.Module, *, pos_embed_std: float) -> None:
 def compile_layers(model: nn.Module) -> None:
     """Compile every encoder layer in place; parameter names stay.
 
-    Layers share their compiled graphs, so the number of compilations is that of the kinds of input: with and without gradient, mask,
-    ``keep``, and one more when the text length first changes.
+    Layers share their compiled graphs, so the number of compilations is that of the kinds of input: with and without
+    gradient, mask, ``keep``, and one more when the text length first changes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for module in model.modules():

@@ -1,7 +1,7 @@
 """Sizes of the BEiT-3 models and their names (original: the registered functions of ``modeling_finetune.py``).
 
-Differences: an image size is part of the name as in the original, but every size that the patch divides is accepted, not only the
-published ones; ``tiny`` is ours, a size that trains on a CPU in minutes.
+Differences: an image size is part of the name as in the original, but every size that the patch divides is accepted,
+not only the published ones; ``tiny`` is ours, a size that trains on a CPU in minutes.
 """
 
 import difflib
@@ -126,7 +126,8 @@ def beit3_config(
     """Configuration of ``--model`` for ``--task``.
 
     Args:
-        name: ``beit3_base_patch16_480``, with or without the task's suffix (``_vqav2``); any image size that the patch divides.
+        name: ``beit3_base_patch16_480``, with or without the task's suffix (``_vqav2``); any image size that the
+            patch divides.
         task: a key of ``TASK_SUFFIXES``.
         image_size: ``--input_size``, checked against the name; None takes the name's.
         drop_path: rate of the last layer.
@@ -181,6 +182,6 @@ def _parse(name: str, suffix: str) -> tuple[str, int, str | None]:
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ModelError(
-            f"unknown model {name!r}{hint}: choose one of {', '.join(names)}, or another multiple of 16 as the image size"
+            f"unknown model {name!r}{hint}: choose one of {', '.join(names)}, or another image size that 16 divides"
         )
     return match[1], int(match[2]), match[3]

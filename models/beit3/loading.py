@@ -1,6 +1,9 @@
-"""BEiT-3 checkpoints as they are published or saved -> a state dict that ``load_weights`` takes (original: ``load_model_and_may_interpolate``).
+"""BEiT-3 checkpoints as they are published or saved -> a state dict that ``load_weights`` takes.
 
-Difference: the original prints what does not fit and goes on with random values there; here only what a task may lack is allowed.
+Original: ``load_model_and_may_interpolate``.
+
+Difference: the original prints what does not fit and goes on with random values there; here only what a task may lack
+is allowed.
 """
 
 import math
@@ -48,7 +51,7 @@ class LoadRule:
 
 
 def load_rule(task: str, *, for_training: bool) -> LoadRule:
-    """What a checkpoint may lack for ``task``: the heads when training starts from it, nothing when it is to be evaluated."""
+    """What a checkpoint may lack for ``task``: the heads when training starts from it, nothing for an evaluation."""
     own = _HEADS[TASK_SUFFIXES[task]]
     others = {pattern for patterns in _HEADS.values() for pattern in patterns}
     extra = tuple(sorted(others | {_FINAL_NORM, *_PRETRAINING_HEADS}))
@@ -65,11 +68,13 @@ def prepare_beit3_state_dict(
     Args:
         checkpoint: content of the file.
         config: of the model to be loaded.
-        model_key: names, separated by ``|``, of which the first present selects the weights; without any the file itself is them.
+        model_key: names, separated by ``|``, of which the first present selects the weights; without any the file
+            itself is them.
         model_prefix: the names in the file begin with this, the model's do not.
 
     Raises:
-        ModelError: if the file is of another family, its position table is not of a square image, or its vocabulary is another one.
+        ModelError: if the file is of another family, its position table is not of a square image, or its vocabulary
+            is another one.
     """
     state = _select(checkpoint, model_key)
     if model_prefix:
@@ -103,7 +108,8 @@ def _select(checkpoint: Mapping[str, Any], model_key: str) -> Mapping[str, Any]:
         if key in checkpoint:
             if not isinstance(checkpoint[key], Mapping):
                 raise ModelError(
-                    f"the checkpoint's entry {key!r} is a {type(checkpoint[key]).__name__}, not a set of weights: see --model_key"
+                    f"the checkpoint's entry {key!r} is a {type(checkpoint[key]).__name__}, not a set of weights: "
+                    f"name the entry that is with --model_key"
                 )
             return checkpoint[key]
     return checkpoint

@@ -1,4 +1,6 @@
-"""BEiT-3's fine-tuned models: the trunk with the head of each task, and their losses (original: ``modeling_finetune.py``).
+"""BEiT-3's fine-tuned models: the trunk with the head of each task, and their losses.
+
+Original: ``modeling_finetune.py``.
 
 Difference: what the trunk computes in its last layer is limited to the tokens that the head reads.
 """
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from models.beit3.beit3 import BEiT3, init_beit3_weights
 from models.beit3.config import TASK_SUFFIXES, BEiT3Config
 from models.errors import ModelError
+from models.layers import Linear
 
 
 class _BEiT3ForTask(nn.Module):
@@ -28,7 +31,7 @@ class _BEiT3ForTask(nn.Module):
         return self.config.num_layers
 
     def layer_id(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 embeddings, i + 1 layer i, num_layers + 1 all after the layers."""
+        """Depth of a parameter for layer-wise rates: 0 embeddings, i + 1 layer i, num_layers + 1 all after layers."""
         if "embed" in name:
             return 0
         parts = name.split(".")
@@ -42,7 +45,7 @@ class _BEiT3ForTask(nn.Module):
         return {name for name, _ in self.named_parameters() if name in skipped}
 
     def unused_in_finetuning(self) -> set[str]:
-        """Names of parameters that the forward pass never reads: freeze them, so that every other one gets a gradient."""
+        """Names of parameters that the forward pass never reads: freeze them, then every other one gets a gradient."""
         return {"beit3.vision_embed.mask_token"}
 
 
@@ -50,7 +53,7 @@ class _Pooler(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.dense = nn.Linear(dim, dim)
+        self.dense = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.dense(self.norm(x)))
@@ -60,11 +63,12 @@ class BEiT3ForVisualQuestionAnswering(_BEiT3ForTask):
     """Choose one of a list of answers from the image's class token."""
 
     def __init__(self, config: BEiT3Config, num_answers: int, *, checkpoint_activations: bool = False) -> None:
+        """``num_answers`` is the length of the answer list."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         dim, eps = config.embed_dim, config.layernorm_eps
         self.pooler = _Pooler(dim, eps)
         self.head = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim, eps=eps), nn.GELU(), nn.Linear(2 * dim, num_answers)
+            Linear(dim, 2 * dim), nn.LayerNorm(2 * dim, eps=eps), nn.GELU(), Linear(2 * dim, num_answers)
         )
         init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
 
@@ -78,8 +82,9 @@ class BEiT3ForCaptioning(_BEiT3ForTask):
     """Predict masked words of a caption from the image and the words to the left."""
 
     def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+        """The output layer has the vocabulary's rows and is not tied to the word embedding."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
-        self.mlm_head = nn.Linear(config.embed_dim, config.vocab_size)
+        self.mlm_head = Linear(config.embed_dim, config.vocab_size)
         init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
 
     def forward(
@@ -98,7 +103,8 @@ class BEiT3ForCaptioning(_BEiT3ForTask):
             language_masked_pos: (B, T), 1 at the positions to predict; None for all.
 
         Returns:
-            (M, V) logits at the M masked positions, by sample and then by position; (B, T, V) when no positions are given.
+            (M, V) logits at the M masked positions, by sample and then by position; (B, T, V) when no positions are
+            given.
         """
         _, text_tokens = self.beit3(image, tokens, padding_mask, causal_text=True, keep=(0, tokens.shape[1]))
         if language_masked_pos is not None:
@@ -110,9 +116,9 @@ class _TwoLayerHead(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, eps: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(in_dim, eps=eps)
-        self.dense1 = nn.Linear(in_dim, hidden_dim)
+        self.dense1 = Linear(in_dim, hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim, eps=eps)
-        self.dense2 = nn.Linear(hidden_dim, out_dim)
+        self.dense2 = Linear(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(F.gelu(self.norm2(self.dense1(self.norm1(x)))))
@@ -122,6 +128,7 @@ class BEiT3ForVisualReasoning(_BEiT3ForTask):
     """NLVR2: is the sentence true of the two images?"""
 
     def __init__(self, config: BEiT3Config, num_classes: int = 2, *, checkpoint_activations: bool = False) -> None:
+        """A new head starts near zero."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         self.head = _TwoLayerHead(4 * config.embed_dim, 2 * config.embed_dim, num_classes, config.layernorm_eps)
         init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
@@ -141,9 +148,10 @@ class BEiT3ForImageClassification(_BEiT3ForTask):
     """Classify the mean of the patch tokens."""
 
     def __init__(self, config: BEiT3Config, num_classes: int = 1000, *, checkpoint_activations: bool = False) -> None:
+        """A new head starts near zero."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.layernorm_eps)
-        self.head = nn.Linear(config.embed_dim, num_classes)
+        self.head = Linear(config.embed_dim, num_classes)
         init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
         _scale_(self.head)
 
@@ -162,16 +170,17 @@ class BEiT3ForRetrieval(_BEiT3ForTask):
     """Two separate encoders, of images and of texts, whose features are compared by their cosine."""
 
     def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+        """The factor on the cosines starts at 1 / 0.07."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
-        self.language_head = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
-        self.vision_head = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.language_head = Linear(config.embed_dim, config.embed_dim, bias=False)
+        self.vision_head = Linear(config.embed_dim, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(B, 3, S, S) images and/or (B, T) texts -> (B, D) unit vectors of each (None where absent), and the log of the scale."""
+        """(B, 3, S, S) images and/or (B, T) texts -> (B, D) unit vectors of each (or None), and the log scale."""
         vision = language = None
         if image is not None:
             vision = F.normalize(self.vision_head(self.beit3(image, keep=(1, 0))[0][:, 0]), dim=-1)
@@ -197,7 +206,8 @@ def build_beit3(
     Args:
         task: a key of ``TASK_SUFFIXES``.
         config: from ``beit3_config``.
-        num_classes: answers (vqav2, where it must be given) or classes (nlvr2: 2, imagenet: 1000); captioning and retrieval have none.
+        num_classes: answers (vqav2, where it must be given) or classes (nlvr2: 2, imagenet: 1000); captioning and
+            retrieval have none.
         checkpoint_activations: recompute each layer in the backward pass instead of storing its activations.
 
     Raises:
@@ -243,8 +253,8 @@ def captioning_loss(
         logits: (M, V).
         targets: (M,) ids.
         label_smoothing: probability spread evenly over the other V - 1 classes.
-        drop_worst_ratio: leave out this fraction of positions, those of the largest loss (noisy captions). The caller passes 0 until
-            its step count is beyond ``--drop_worst_after``.
+        drop_worst_ratio: leave out this fraction of positions, those of the largest loss (noisy captions). The caller
+            passes 0 until its step count is beyond ``--drop_worst_after``.
     """
     losses = _smoothed_kl(logits.float(), targets, label_smoothing)
     if drop_worst_ratio > 0:

@@ -1,7 +1,7 @@
 """Loss and accuracy of a run as one picture, from the two files that training writes.
 
-``log.txt`` has one JSON object per epoch, ``metrics.jsonl`` one per logging interval. After a resume an epoch or a step may
-stand there twice: the last one counts. Keys that are missing or unknown are left out of the picture.
+``log.txt`` has one JSON object per epoch, ``metrics.jsonl`` one per logging interval. After a resume an epoch or a step
+may stand there twice: the last one counts. Keys that are missing or unknown are left out of the picture.
 """
 
 import io
@@ -105,7 +105,9 @@ def draw_curves(
 def _draw_loss(panel, log: RunLog) -> None:
     points = [(row["step"], row["loss"]) for row in log.intervals if _is_finite(row.get("loss"))]
     if points and log.epochs:
-        panel.plot(_epochs_of(points, log), [y for _, y in points], color=BLUE, alpha=0.35, lw=1, label="per logging interval")
+        panel.plot(
+            _epochs_of(points, log), [y for _, y in points], color=BLUE, alpha=0.35, lw=1, label="per logging interval"
+        )
     epochs, losses = log.series("train_loss")
     middles = [epoch - 0.5 for epoch in epochs]  # a mean stands for its whole epoch
     panel.plot(middles, losses, color=BLUE, marker="o", ms=3.5, lw=1.8, label="mean of the epoch")
@@ -127,7 +129,9 @@ def _epochs_of(points: list[tuple[int, float]], log: RunLog) -> list[float]:
     for row in log.intervals:
         epoch = row["epoch"] if isinstance(row.get("epoch"), int) else log.epochs[-1]["epoch"]
         ends[epoch] = max(ends.get(epoch, 0), row["step"])
-    steps_per_epoch = max([ends[row["epoch"]] / (row["epoch"] + 1) for row in log.epochs if row["epoch"] in ends] or [0])
+    steps_per_epoch = max(
+        [ends[row["epoch"]] / (row["epoch"] + 1) for row in log.epochs if row["epoch"] in ends] or [0]
+    )
     return [step / (steps_per_epoch or max(step for step, _ in points) or 1) for step, _ in points]
 
 

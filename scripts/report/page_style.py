@@ -25,7 +25,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: 13px; padding-bottom: 6px; }
 th, td { padding: 4px 0 4px 28px; text-align: right; font-weight: 400; white-space: nowrap; }
 th:first-child { padding-left: 0; text-align: left; }
-thead th { color: var(--soft); font-size: 13px; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+thead th { color: var(--soft); font-size: 13px; line-height: 1.25;
+  white-space: normal; max-width: 15ch; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 td:nth-child(3) { font-weight: 650; }
 .count { color: var(--soft); }
 tr.block > * { border-top: 1px solid var(--line); padding-top: 8px; }
@@ -34,28 +35,32 @@ tr:has(+ tr.block) > * { padding-bottom: 8px; }
 .curves img { display: block; width: 100%; min-width: 640px; max-width: 900px; height: auto; border-radius: 6px; }
 .controls { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 32px 0 0; padding: 12px 0;
   position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); z-index: 1; }
-.controls > * { font: inherit; font-size: 14px; color: var(--ink); background: var(--card); height: 34px; padding: 0 12px;
+.controls > * { font: inherit; font-size: 14px; color: var(--ink); background: var(--card);
+  height: 34px; padding: 0 12px;
   border: 1px solid var(--line); border-radius: 6px; }
 .controls button { cursor: pointer; }
 .controls button span { color: var(--soft); font-variant-numeric: tabular-nums; }
 .controls button[aria-pressed="true"] { background: var(--ink); color: var(--paper); border-color: var(--ink); }
 .controls button[aria-pressed="true"] span { color: inherit; }
 .controls input { flex: 1 1 150px; min-width: 120px; max-width: 260px; }
-.controls output { border: 0; background: none; color: var(--soft); line-height: 34px; padding: 0 4px; margin-left: auto; }
+.controls output { border: 0; background: none; color: var(--soft);
+  line-height: 34px; padding: 0 4px; margin-left: auto; }
 :focus-visible { outline: 2px solid #4a86b8; outline-offset: 2px; }
 .note, .empty { color: var(--soft); font-size: 13px; margin: 12px 0 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px; margin: 18px 0 60px; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; display: flex;
   flex-direction: column; }
 article[hidden] { display: none; }
-article img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: var(--line); }
+article img { display: block; width: 100%; height: auto; aspect-ratio: 1;
+  object-fit: contain; background: var(--line); }
 .crisp { image-rendering: pixelated; }
 .body { padding: 12px 16px 12px; display: flex; flex-direction: column; flex: 1; }
 .mark { margin: 0; font-size: 13px; font-weight: 650; }
 .right .mark { color: var(--good); } .partly .mark { color: var(--part); } .wrong .mark { color: var(--bad); }
 h2 { font: 500 18px/1.3 var(--serif); margin: 2px 0 10px; overflow-wrap: anywhere; text-wrap: pretty; }
 ol { list-style: none; margin: 0 0 10px; padding: 0; font-size: 13px; }
-li { position: relative; display: flex; justify-content: space-between; gap: 8px; padding: 2px 7px; margin-bottom: 2px; }
+li { position: relative; display: flex; justify-content: space-between; gap: 8px;
+  padding: 2px 7px; margin-bottom: 2px; }
 li span, li small { position: relative; z-index: 1; }
 li span { overflow-wrap: anywhere; }
 li i { position: absolute; inset: 0 auto 0 0; width: var(--share); min-width: 2px; background: var(--bar);
@@ -71,7 +76,9 @@ li small { font-size: inherit; font-variant-numeric: tabular-nums; white-space: 
   header, main { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 28px; }
   h1 { font-size: 26px; }
-  th, td { padding-left: 18px; }
+  table { font-size: 13px; }
+  th, td { padding-left: 9px; }
+  thead th { font-size: 11px; max-width: 9ch; }
   .controls { position: static; }
   .cards { grid-template-columns: 1fr; }
 }

@@ -1,7 +1,7 @@
 """One HTML file that shows pictures, questions, the model's best answers and what people said.
 
-Everything is inside the file: pictures as data URIs, style and script inline, and a policy that forbids the browser to fetch
-anything. All texts come from data files and are escaped.
+Everything is inside the file: pictures as data URIs, style and script inline, and a policy that forbids the browser to
+fetch anything. All texts come from data files and are escaped.
 """
 
 import base64
@@ -84,7 +84,8 @@ def render_page(
     picked = f"{len(shown):,} of {len(rows):,} questions, drawn with seed {seed}" if shown is not rows else ""
     plot = ""
     if curves_png:
-        plot = f'<figure class="curves" tabindex="0"><img alt="Training loss and accuracy" src="{_data_uri(curves_png, "png")}"></figure>'
+        picture = f'<img alt="Training loss and accuracy" src="{_data_uri(curves_png, "png")}">'
+        plot = f'<figure class="curves" tabindex="0">{picture}</figure>'
     return _PAGE.format(
         title=html.escape(title),
         subtitle=f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else "",
@@ -117,8 +118,8 @@ def _summary(columns: list[str], table: list[TableRow]) -> str:
     body = "\n".join(lines)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Accuracy"><table>'
-        f'<caption>Accuracy in %</caption><thead><tr><th scope="col">Questions</th><th scope="col">Number</th>{heads}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
+        '<caption>Accuracy in %</caption><thead><tr><th scope="col">Questions</th><th scope="col">Number</th>'
+        f"{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -147,7 +148,8 @@ def _select(name: str, label: str, counts: Counter[str]) -> str:
     if len(counts) < 2:
         return ""
     options = "".join(
-        f'<option value="{html.escape(value)}">{html.escape(value)} ({counts[value]})</option>' for value in sorted(counts)
+        f'<option value="{html.escape(value)}">{html.escape(value)} ({counts[value]})</option>'
+        for value in sorted(counts)
     )
     return f'<select id="{name}" aria-label="{label}"><option value="">any {label}</option>{options}</select>'
 
@@ -161,7 +163,7 @@ def _card(row: Row, image_bytes: int) -> str:
     texts = " ".join([row["question"], row["prediction"], row["truth"], *said, *(answer for answer, _ in top)]).lower()
     attributes = {"verdict": mark, "type": tags[0], "kind": tags[1], "text": texts}
     data = "".join(f' data-{key}="{html.escape(value)}"' for key, value in attributes.items())
-    bars = "\n".join(_bar(answer, share, said[answer] > 0) for answer, share in top)
+    bars = "\n".join(_bar(answer, share, answer == row["truth"] or said[answer] >= 3) for answer, share in top)
     if not top:
         bars = f'<li class="only"><span>{html.escape(row["prediction"])}</span></li>'
     return (
@@ -177,10 +179,10 @@ def _people(truth: str, said: Counter[str]) -> str:
     return f"<b>{html.escape(truth)}</b> <span>×{said[truth]}{others}</span>"
 
 
-def _bar(answer: str, share: float, is_said: bool) -> str:
+def _bar(answer: str, share: float, is_good: bool) -> str:
     width = 100 * min(max(share, 0.0), 1.0)
     shown = f"{width:.0f} %" if width >= 1 or width == 0 else "<1 %"
-    hit = ' class="hit"' if is_said else ""
+    hit = ' class="hit"' if is_good else ""
     return (
         f'<li{hit}><span>{html.escape(answer)}</span><i style="--share:{width:.1f}%"></i>'
         f"<small>{html.escape(shown)}</small></li>"

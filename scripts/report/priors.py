@@ -1,6 +1,7 @@
 """What can be scored without looking at the picture: the bar that a model has to clear.
 
-Pure functions from the records of VQA v2 files to predictions ``{question_id: answer}``; ties go to the answer seen first.
+Pure functions from the records of VQA v2 files to predictions ``{question_id: answer}``; a tie goes to the answer that
+was seen first.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ def most_frequent_answer(train_annotations: list[dict], eval_annotations: list[d
 
 
 def most_frequent_per_answer_type(train_annotations: list[dict], eval_annotations: list[dict]) -> dict[int, str]:
-    """The most frequent train answer among those of the same ``answer_type`` (which tells a little about the answer)."""
+    """The most frequent train answer of the same ``answer_type`` (knowing that type tells a little already)."""
     return _most_frequent(train_annotations, eval_annotations, keys=[lambda r: r["answer_type"], lambda r: None])
 
 

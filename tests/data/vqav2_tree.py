@@ -1,4 +1,4 @@
-"""A small data folder in the official layout of VQA v2, with any part left out or broken by the test that asks for it."""
+"""A small data folder in the official layout of VQA v2, for tests to leave out or break any part of it."""
 
 import json
 from pathlib import Path

@@ -32,7 +32,7 @@ def with_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:
 
 
 def assert_grads_match(model: nn.Module, recording: dict[str, Any], *, rtol: float) -> None:
-    """Compare gradients to the recorded ones, relative to each tensor's largest entry; and which are none and exactly zero."""
+    """Compare gradients, relative to each tensor's largest entry, and which of them are none and exactly zero."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, expected in recording["grads"].items():
         error = (grads[name] - expected).abs().max().item()

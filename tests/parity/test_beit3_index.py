@@ -1,7 +1,7 @@
 """The VQA v2 index against the recorded files of the reference, line by line.
 
-The reference draws the order of images and the 1000 images of rest_val without a seed, so the files are compared as sets
-of lines, and rest_val and trainable_val by their union and the rule.
+The reference draws the order of images and the 1000 images of rest_val without a seed, so the files are compared as
+sets of lines, and rest_val and trainable_val by their union and the rule.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""Steps and pipelines beside their public peers; see RESULTS.md."""

@@ -1,0 +1,82 @@
+"""Ask a trained model about one picture: the most probable answers with their probabilities.
+
+    python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+
+from scripts.arguments import HelpFormatter, OneLineParser, positive_int
+from scripts.beit3_args import RECIPES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint folder of a run, or a published .pth with the flags below"
+    )
+    parser.add_argument("--image", required=True, help="picture file")
+    parser.add_argument("--question", required=True, nargs="+", help="one or more questions, each in quotes")
+    parser.add_argument("--top", type=positive_int, default=5, help="answers to print")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a question instead of text")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    group = parser.add_argument_group("needed for a bare weights file; a checkpoint folder of a run knows them")
+    group.add_argument("--model", help="such as beit3_base_patch16_480")
+    group.add_argument("--sentencepiece_model", help="beit3.spm")
+    group.add_argument("--answer_list", help="answer2label.txt of the weights")
+    group.add_argument("--model_key", default="model|module", help="keys of which the first present holds the weights")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load once, answer each question."""
+    args = build_parser().parse_args(argv)
+
+    import json
+
+    import torch
+
+    from data.errors import DataError
+    from data.images import load_image
+    from data.tokenizers.spm import XLMRTokenizer
+    from data.transforms import EvalTransform, normalize
+    from engine import distributed
+    from scripts.beit3_model import TOKENIZER_FILE, ModelChoice, build_model, find_answers, read_checkpoint_config
+    from scripts.beit3_vqa import top_answers
+
+    config = read_checkpoint_config(args.checkpoint)
+    name = args.model or config.get("model")
+    spm = args.sentencepiece_model or str(Path(args.checkpoint) / TOKENIZER_FILE)
+    answers = find_answers(args.answer_list, args.checkpoint, None)
+    for value, flag in ((name, "--model"), (answers, "--answer_list")):
+        if not value:
+            raise DataError(f"{args.checkpoint} does not say its {flag.removeprefix('--')}: give {flag}")
+    if not Path(spm).is_file():
+        raise DataError(f"no sentencepiece model at {spm}: give --sentencepiece_model")
+    device = distributed.init(args.device)
+    tokenizer = XLMRTokenizer(spm)
+    choice = ModelChoice(name=name, task="vqav2", weights=args.checkpoint, model_key=args.model_key)
+    model = build_model(choice, tokenizer, len(answers), for_training=False).to(device).eval()
+    image = normalize(EvalTransform(model.config.image_size)(load_image(args.image)).unsqueeze(0).to(device))
+    max_tokens = config.get("num_max_bpe_tokens", RECIPES["vqav2", "base"]["num_max_bpe_tokens"])
+    for question in args.question:
+        tokens = tokenizer.build_segment(tokenizer.encode(question), max_tokens)
+        with torch.inference_mode():
+            logits = model(image, torch.tensor([tokens], device=device))
+        top = top_answers(logits[0], answers, args.top)
+        if args.json:
+            print(json.dumps({"question": question, "top": [[answer, round(p, 6)] for answer, p in top]}))
+        else:
+            print(question)
+            print("\n".join(f"{probability:8.1%}  {answer}" for answer, probability in top))
+
+
+if __name__ == "__main__":
+    from scripts.program import run
+
+    run(main)

@@ -1,0 +1,48 @@
+"""What several tests need: processes with a process group, and tiny models."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _enter(rank: int, function: Callable[..., None], world_size: int, store: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    try:
+        function(rank, *arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_in_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Call ``function(rank, *arguments)`` in gloo processes that meet through a file; its errors are raised here."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        mp.start_processes(_enter, (function, world_size, store, arguments), nprocs=world_size, start_method="spawn")
+
+
+def run_program(*command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run one of our programs as a user would, with this interpreter and one thread."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

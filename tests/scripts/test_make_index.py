@@ -1,0 +1,127 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.errors import DataError
+from scripts.make_index import main
+from tests.data.vqav2_tree import SPM, edit_json, image_name, write_vqav2
+
+PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "make_index.py"
+SMALL = ["--min_answer_count", "2", "--num_rest_val_images", "4"]
+
+
+@pytest.fixture
+def data_path(tmp_path):
+    write_vqav2(tmp_path / "vqa")
+    shutil.copy(SPM, tmp_path / "vqa" / "beit3.spm")
+    return tmp_path / "vqa"
+
+
+def test_the_summary_counts_each_file_and_says_what_was_skipped(data_path, capsys):
+    (data_path / "train2014" / image_name("train2014", 3)).unlink()
+    main(["vqav2", "--data_path", str(data_path), "--sentencepiece_model", str(SPM), *SMALL])
+    out = capsys.readouterr().out
+    assert f"written  {data_path / 'vqa.train.jsonl'}: 38 lines" in out
+    assert "skipped 2 train2014 questions left out: their image is not in" in out
+    assert "found   train2014 questions:" in out
+    assert "4 answers" in out
+
+
+def test_a_second_run_says_rewritten_and_gives_the_same_bytes(data_path, capsys):
+    main(["--data_path", str(data_path), *SMALL])
+    first = (data_path / "vqa.rest_val.jsonl").read_bytes()
+    capsys.readouterr()
+    main(["--data_path", str(data_path), *SMALL])
+    assert f"rewritten  {data_path / 'vqa.rest_val.jsonl'}" in capsys.readouterr().out
+    assert (data_path / "vqa.rest_val.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize("place", ["data/vqav2", "dataset"])
+def test_the_bare_command_finds_data_and_tokenizer_at_the_default_places(tmp_path, monkeypatch, place):
+    write_vqav2(tmp_path / place, num_train=40)
+    shutil.copy(SPM, tmp_path / "beit3.spm")
+    monkeypatch.chdir(tmp_path)
+    main([])
+    assert (tmp_path / place / "vqa.train.jsonl").stat().st_size > 0
+
+
+def test_the_tokenizer_is_found_in_the_data_folder(data_path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main(["--data_path", "vqa", *SMALL])
+    assert (data_path / "answer2label.txt").exists()
+
+
+def test_the_seed_flag_moves_rest_val(data_path):
+    contents = []
+    for seed in ("1", "2"):
+        main(["vqav2", "--data_path", str(data_path), "--seed", seed, *SMALL])
+        contents.append((data_path / "vqa.rest_val.jsonl").read_bytes())
+    assert contents[0] != contents[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no data folder .looked for data/vqav2/ and dataset/.: give --data_path DIR"),
+        (["--data_path", "absent"], "no data folder .looked for absent/."),
+        (["--data_path", "empty"], "no known data set in empty .*v2_OpenEnded_mscoco_train2014_questions.json"),
+        (["vqav2", "--data_path", "empty"], "no sentencepiece model .looked for beit3.spm, empty/beit3.spm.: give"),
+        (
+            ["--data_path", "vqa", "--sentencepiece_model", "absent.spm"],
+            "no sentencepiece model .looked for absent.spm",
+        ),
+        (["--data_path", "vqa", "--min_answer_count", "0"], "--min_answer_count must be at least 1, got 0"),
+        (["--data_path", "vqa", "--num_rest_val_images", "0"], "--num_rest_val_images must be at least 1"),
+        (["--data_path", "vqa", "--min_answer_count", "999"], "occurs 999 times: lower --min_answer_count"),
+        (["vqav2", "--data_path", "vqa", "--check"], "answer2label.txt: scripts/make_index.py writes"),
+    ],
+)
+def test_bad_arguments_are_named_with_a_way_out(data_path, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        main(arguments)
+
+
+def test_a_sound_index_passes_the_check(data_path, capsys):
+    main(["--data_path", str(data_path), *SMALL])
+    capsys.readouterr()
+    main(["--data_path", str(data_path), "--check"])
+    out = capsys.readouterr().out
+    assert "vqa.train.jsonl: 40 questions, 20 images, 0 of them missing" in out
+    assert "every line is sound and every image is there" in out
+
+
+def test_the_check_counts_missing_images_and_names_the_first_five(data_path, capsys):
+    main(["--data_path", str(data_path), *SMALL])
+    for image_id in range(2, 9):
+        (data_path / "train2014" / image_name("train2014", image_id)).unlink()
+    with pytest.raises(DataError, match="7 images are missing") as error:
+        main(["--data_path", str(data_path), "--check"])
+    assert str(error.value).count("COCO_train2014_") == 5
+    assert "vqa.train.jsonl: 40 questions, 20 images, 7 of them missing" in capsys.readouterr().out
+
+
+def test_the_check_finds_token_ids_of_another_tokenizer(data_path):
+    main(["--data_path", str(data_path), *SMALL])
+    path = data_path / "vqa.val.jsonl"
+    path.write_text(path.read_text().replace('"text_segment": [', '"text_segment": [64000, ', 1))
+    with pytest.raises(DataError, match=r"vqa.val.jsonl:1: text_segment must be .* got 64000"):
+        main(["--data_path", str(data_path), "--check"])
+
+
+def test_as_a_program_bad_input_is_one_line_and_exit_code_2(data_path):
+    edit_json(data_path / "vqa/v2_mscoco_val2014_annotations.json", lambda c: c["annotations"].pop())
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--data_path", data_path, *SMALL], capture_output=True, text=True, cwd=data_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "v2_mscoco_val2014_annotations.json: 1 question ids missing, the first [110001]" in done.stderr
+
+
+def test_as_a_program_an_unknown_flag_is_exit_code_2():
+    assert subprocess.run([sys.executable, PROGRAM, "--no_such"], capture_output=True).returncode == 2
