@@ -1,6 +1,7 @@
 """BEiT-3's samples: records of an index file or of one's own data, to image and token tensors."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data.images import load_image
 from data.own_vqa import VQARecord
 from data.tokenizers.spm import XLMRTokenizer
 
+NUM_SHOWN = 5  # missing images named in the message
 ImageTransform = Callable[[Any, np.random.Generator], Tensor]
 
 
@@ -84,6 +86,36 @@ class BEiT3VQADataset:
             labels=record.labels,
             scores=record.scores,
             image_replaced=replaced,
+        )
+
+
+def check_images_exist(relative: Iterable[str], root: Path) -> None:
+    """Refuse a data set with missing images before any work starts.
+
+    Each folder is listed once: asking for every file alone takes minutes on a network share.
+
+    Args:
+        relative: image paths of the records.
+        root: folder that they are relative to.
+
+    Raises:
+        DataError: with the number of missing images and the first few.
+    """
+    by_folder: dict[str, set[str]] = {}
+    for path in relative:
+        folder, _, name = path.rpartition("/")
+        by_folder.setdefault(folder, set()).add(name)
+    missing = []
+    for folder, names in by_folder.items():
+        present = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
+        # a file system may spell a name differently in its list, in case or in accents
+        missing += [f"{folder}/{name}" for name in names - present if not (root / folder / name).is_file()]
+    if missing:
+        total = sum(len(names) for names in by_folder.values())
+        first = ", ".join(path.removeprefix("/") for path in sorted(missing)[:NUM_SHOWN])
+        raise DataError(
+            f"{len(missing)} of {total} images are not in {root}, the first: {first}; check --data_path, "
+            "or give --skip_broken_images to put a grey image in their place"
         )
 
 

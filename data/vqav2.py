@@ -30,7 +30,9 @@ SPLIT_FILES = {  # what training and evaluation read
     "test": ("vqa.test.jsonl",),
     "test-dev": ("vqa.test-dev.jsonl",),
 }
-# all of val is rest_val while it has at most 1000 images, and every question may have a known answer
+# questions without a known answer: the reference's files leave them out, the official accuracy counts them
+UNLABELLED_FILES = {"val": "vqa.rest_val.unlabelled.jsonl", "val2014": "vqa.val.unlabelled.jsonl"}
+# no line is no error: all of val is rest_val while it has at most 1000 images, and every question may have a known answer
 MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", *UNLABELLED_FILES.values())
 ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
 ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
@@ -456,8 +458,7 @@ def read_vqav2_split(
     vocab_size: int | None = None,
     with_unlabelled: bool = False,
 ) -> list[VQARecord]:
-    """Records of a split as training and evaluation use it: train is train + trainable_val, val is rest_val,
-    val2014 all of val.
+    """Records of a split: train is train + trainable_val, val is rest_val, val2014 all of val.
 
     Args:
         data_path: folder of the index files.

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
+_started_here = False  # whether the process group is ours to leave, or belongs to whoever called us
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -62,6 +64,8 @@ def placement_from_environment() -> Placement | None:
 def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
     """Choose this process's device and join the process group when a launcher started several.
 
+    A process group that exists already is used as it is.
+
     Args:
         device: ``auto`` (CUDA when there is one, else CPU), ``cuda``, ``cuda:N`` or ``cpu``.
         timeout_s: seconds after which a collective that a lost or hung rank blocks ends the job.
@@ -72,6 +76,7 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
     Raises:
         EngineError: CUDA asked for and absent, more local processes than devices, incomplete environment.
     """
+    global _started_here
     placement = placement_from_environment()
     chosen = _choose_device(device, placement.local_rank if placement else None)
     if placement is not None and placement.world_size > 1 and not dist.is_initialized():
@@ -94,6 +99,7 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
             raise EngineError(
                 f"cannot meet the other processes at {address} ({first}): choose a free MASTER_PORT"
             ) from None
+        _started_here = True
     return chosen
 
 
@@ -123,9 +129,11 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    """Leave the process group, if ``init`` joined one; a caller's own group stays."""
+    global _started_here
+    if _started_here and dist.is_initialized():
         dist.destroy_process_group()
+    _started_here = False
 
 
 def rank() -> int:

@@ -1,6 +1,7 @@
 """What a run says about itself: lines, a progress bar on a terminal, JSON files, TensorBoard; main process only."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -50,7 +51,9 @@ class RunLog:
             try:
                 self._tensorboard = SummaryWriter(str(tensorboard_dir))
             except OSError as error:
-                raise EngineError(f"--log_dir {tensorboard_dir} is not writable ({error.strerror})") from None
+                raise EngineError(
+                    f"--log_dir {tensorboard_dir} is not writable ({error.strerror}): choose another"
+                ) from None
 
     def write_run(self, arguments: dict[str, Any], extra: dict[str, Any]) -> None:
         """Record arguments, command, versions and place in ``run.json``."""
@@ -77,6 +80,12 @@ class RunLog:
             return
         _keep_lines(self._folder / "log.txt", lambda row: row.get("epoch", -1) < epoch)
         _keep_lines(self._folder / "metrics.jsonl", lambda row: row.get("step", 0) <= global_step)
+
+    def set_aside(self) -> None:
+        """Keep the lines of an earlier run without a checkpoint as ``*.old``: this one starts from the first step."""
+        for name in ("log.txt", "metrics.jsonl") if self._folder is not None else ():
+            if (self._folder / name).exists():
+                (self._folder / name).replace(self._folder / f"{name}.old")
 
     def start_epoch(self, epoch: int, *, first_step: int, steps: int) -> None:
         """Show a progress bar for an epoch when stderr is a terminal."""
@@ -117,7 +126,7 @@ class RunLog:
         """Append the epoch's object to ``log.txt`` (keys in the original's order) and say it."""
         if not self._main:
             return
-        say("epoch done: " + json.dumps(row))
+        say("epoch done: " + _json(row))
         _append(self._folder, "log.txt", row)
         if self._tensorboard is not None:
             for key, value in row.items():
@@ -136,7 +145,13 @@ def _append(folder: Path | None, name: str, row: dict[str, Any]) -> None:
     if folder is None:
         return
     with (folder / name).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_json(row) + "\n")
+
+
+def _json(row: dict[str, Any]) -> str:
+    """One line of JSON, which has no NaN: a value without a finite step is null."""
+    absent = {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(row | absent, allow_nan=False)
 
 
 def _keep_lines(path: Path, keep: Any) -> None:

@@ -1,5 +1,6 @@
 """The one training loop: epochs, accumulation windows, the schedule, checkpoints, validation, logging."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from engine import distributed
 from engine.backend import Backend, StepInfo
 from engine.checkpoint import load_checkpoint, prune, save_checkpoint
 from engine.errors import RunError
-from engine.evaluation import sum_over_processes, to_device
+from engine.evaluation import to_device
 from engine.log import RunLog, peak_mib, say
 from engine.schedule import Schedule
 
@@ -43,7 +44,7 @@ class Position:
     best: float | None = None
     samples_seen: int = 0  # of the epoch under way, over all processes
     failed_in_a_row: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's meters, main process
+    means: dict[str, list[float]] = field(default_factory=dict)  # of this epoch's meters: mean and number of steps
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def fit(
         RunError: too many non-finite steps in a row, or a checkpoint could not be written.
     """
     position = Position()
-    if resume_from is not None:
+    if resume_from is None:
+        log.set_aside()
+    else:
         position = _resume(backend, loader, resume_from)
         log.rewind(epoch=position.epoch - (not position.validated), global_step=position.global_step)
     run = _Run(backend, loader, loss_fn, schedule, plan, log, evaluate, val_loader)
@@ -113,13 +116,15 @@ def fit(
 def _resume(backend: Backend, loader: TrainLoader, folder: Path) -> Position:
     extra = load_checkpoint(backend, folder)
     position = Position(**extra["position"])
-    if extra["saved_world_size"] != distributed.world_size() or extra["samples_per_step"] != loader.samples_per_step:
+    now = (distributed.world_size(), loader.samples_per_step, loader.steps_per_epoch)
+    before = (extra["saved_world_size"], extra["samples_per_step"], extra["steps_per_epoch"])
+    if now != before:
         say(
-            f"resuming with {distributed.world_size()} processes and {loader.samples_per_step} samples per step "
-            f"instead of {extra['saved_world_size']} and {extra['samples_per_step']}: "
-            "goes on at the same sample, not bitwise equal"
+            f"warning: resuming with {now[0]} processes, {now[1]} samples per step and {now[2]} steps per epoch "
+            f"instead of {before[0]}, {before[1]} and {before[2]}: goes on at the same sample, not bitwise equal"
         )
         position.step_in_epoch = min(position.samples_seen // loader.samples_per_step, loader.steps_per_epoch)
+        position.samples_seen = position.step_in_epoch * loader.samples_per_step
         position.global_step = position.epoch * loader.steps_per_epoch + position.step_in_epoch
     say(f"resumed from {folder}: epoch {position.epoch}, step {position.global_step}")
     return position
@@ -149,7 +154,7 @@ class _Run:
         """Take the remaining steps of the epoch under way."""
         self.backend.model.train()
         self.log.start_epoch(position.epoch, first_step=position.step_in_epoch, steps=self.loader.steps_per_epoch)
-        window = _Window(self.backend.device)
+        window = _Window()
         batches = self.loader.batches(position.epoch, position.step_in_epoch)
         while position.step_in_epoch < self.loader.steps_per_epoch and not self.at_limit(position):
             self._take_step(position, batches, window)
@@ -163,6 +168,7 @@ class _Run:
                 self._flush(position, window)
             if due and not ended:
                 self._save(f"checkpoint-step{position.global_step}", position)
+                window.reset()  # the time of writing is no time of training
         self.log.end_epoch_bar()
 
     def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: "_Window") -> None:
@@ -183,40 +189,62 @@ class _Run:
 
     def _flush(self, position: Position, window: "_Window") -> None:
         """Read the window's tensors (the only wait for the device), log them, and judge non-finite steps."""
-        means, failures = window.read()
-        for step, ids, failed in failures:
-            position.failed_in_a_row = position.failed_in_a_row + 1 if failed else 0
-            if failed:  # the flag is the same on all processes, so all of them take part in gathering the ids
-                ids = [index for part in distributed.gather_objects(ids) for index in part]
-                say(f"step {step}: loss or gradients are not finite, the weights were left as they were; samples {ids}")
-            if position.failed_in_a_row >= self.plan.max_nonfinite:
-                raise RunError(
-                    f"{position.failed_in_a_row} steps in a row were not finite, the last at step {step} with samples "
-                    f"{ids}: the weights are unchanged since; lower --lr, set --clip_grad, or look at those samples"
-                )
+        steps = window.read()
+        fatal = [message for step in steps if (message := self._judge(position, step))]
         groups = self.backend.optimizer.param_groups
         scales = [group["lr_scale"] for group in groups]
+        weight_decay = max(group["weight_decay"] for group in groups)
+        means: dict[str, list[float]] = {}
+        for step in steps:
+            values = step.values | {
+                "lr": step.lr * max(scales),
+                "min_lr": step.lr * min(scales),
+                "weight_decay": weight_decay,
+            }
+            # step by step, so that the epoch's means do not depend on where the intervals end
+            _add(means, values)
+            _add(position.means, values)
+        elapsed_s = max(window.elapsed_s(), 1e-9)
         row = {
             "epoch": position.epoch,
             "step": position.global_step,
-            **{key: value for key, value in means.items() if key != "base_lr"},
-            "lr": means["base_lr"] * max(scales),
-            "min_lr": means["base_lr"] * min(scales),
-            "weight_decay": max(group["weight_decay"] for group in groups),
-            "samples_per_s": window.steps * self.loader.samples_per_step / max(window.elapsed_s(), 1e-9),
-            "data_wait": min(window.data_wait_s / max(window.elapsed_s(), 1e-9), 1.0),
+            **_means(means),
+            "samples_per_s": len(steps) * self.loader.samples_per_step / elapsed_s,
+            "data_wait": min(window.data_wait_s / elapsed_s, 1.0),
             "peak_mib": peak_mib(self.backend.device),
         }
-        for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm"):
-            position.sums[key] = position.sums.get(key, 0.0) + row[key] * window.steps
-        position.sums["steps"] = position.sums.get("steps", 0.0) + window.steps
         self.log.interval(
             row,
             steps_left=self._steps_left(position),
-            seconds_per_step=window.elapsed_s() / window.steps,
+            seconds_per_step=elapsed_s / len(steps),
             position=f"epoch {position.epoch} [{position.step_in_epoch}/{self.loader.steps_per_epoch}]",
         )
         window.reset()
+        if fatal:
+            position.failed_in_a_row = 0  # whoever goes on from here has changed something
+            saved = (
+                self._save(f"checkpoint-step{position.global_step}", position) if self.plan.save_every_epochs else None
+            )
+            way = f"; saved {saved}, the same command goes on from it" if saved else ""
+            raise RunError(f"{fatal[0]}: lower --lr, set --clip_grad, or look at these samples{way}")
+
+    def _judge(self, position: Position, step: "_StepRecord") -> str | None:
+        """Name a step that failed; returns what to end the run with, after too many in a row."""
+        position.failed_in_a_row = position.failed_in_a_row + 1 if step.failed else 0
+        if not step.failed:
+            return None
+        # the flag is the same on all processes, so all of them take part in gathering the ids
+        ids = [index for part in distributed.gather_objects(step.sample_ids) for index in part]
+        say(
+            f"warning: step {step.index}: loss or gradients are not finite, the weights were left as they were; "
+            f"samples {ids}"
+        )
+        if position.failed_in_a_row < self.plan.max_nonfinite:
+            return None
+        return (
+            f"the loss or gradients of {position.failed_in_a_row} steps in a row were not finite, "
+            f"the last one step {step.index} with samples {ids}"
+        )
 
     def _steps_left(self, position: Position) -> int:
         end = self.plan.epochs * self.loader.steps_per_epoch
@@ -246,18 +274,20 @@ class _Run:
         position.validated = True
         row = self._epoch_row(position, metrics, finished)
         if whole:
-            position.sums = {}
+            position.means = {}
         score = metrics.get(self.plan.best_metric)
         if score is not None and (position.best is None or score > position.best):
             position.best = score
             if self.plan.save_every_epochs:
                 self._save("checkpoint-best", position)
+                if not whole:  # this epoch's end is compared with the best one after a resume
+                    self._save(f"checkpoint-step{position.global_step}", position)
         self.log.epoch(row)
 
     def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
-        steps = max(position.sums.get("steps", 0.0), 1.0)
+        means = _means(position.means)
         row: dict[str, Any] = {
-            f"train_{key}": position.sums.get(key, 0.0) / steps
+            f"train_{key}": means.get(key, math.nan)
             for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm")
         }
         row |= {f"val_{key}": value for key, value in metrics.items()}
@@ -265,38 +295,45 @@ class _Run:
         row["n_parameters"] = sum(p.numel() for p in self.backend.unwrapped().parameters() if p.requires_grad)
         return row
 
-    def _save(self, name: str, position: Position) -> None:
+    def _save(self, name: str, position: Position) -> Path | None:
         if self.plan.output_dir is None:
-            return
+            return None
         extra = {
             "position": asdict(position),
             "samples_per_step": self.loader.samples_per_step,
+            "steps_per_epoch": self.loader.steps_per_epoch,
             "global_step": position.global_step,
         }
         folder = save_checkpoint(self.backend, self.plan.output_dir, name, extra, copy_files=self.plan.checkpoint_files)
         say(f"saved {folder}")
         prune(self.plan.output_dir, self.plan.keep_checkpoints)
+        return folder
+
+
+@dataclass(frozen=True)
+class _StepRecord:
+    """One optimizer step, read from the device."""
+
+    index: int
+    sample_ids: list[int]  # of this process
+    lr: float  # base rate
+    failed: bool
+    values: dict[str, float]  # means over micro-batches and processes
 
 
 class _Window:
-    """Device-side sums of one logging interval; nothing here waits for the device until ``read``."""
+    """Device-side values of one logging interval; nothing here waits for the device until ``read``."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self._micro_batches = 0
+        self._totals: dict[str, Tensor | float] = {}
+        self._ids: list[int] = []
         self.reset()
 
     def reset(self) -> None:
         self._started = time.perf_counter()
-        self._sums: dict[str, Tensor] = {}
-        self._micro_batches = 0
-        self._steps: list[tuple[int, list[int], StepInfo]] = []
-        self._ids: list[int] = []
-        self._rates = 0.0
+        self._steps: list[tuple[int, list[int], float, StepInfo, dict[str, Tensor | float]]] = []
         self.data_wait_s = 0.0
-
-    @property
-    def steps(self) -> int:
-        return len(self._steps)
 
     def elapsed_s(self) -> float:
         return self._ended - self._started
@@ -304,27 +341,55 @@ class _Window:
     def add(self, losses: dict[str, Any], sample_ids: Any) -> None:
         self._micro_batches += 1
         for key, value in losses.items():
-            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-            self._sums[key] = self._sums.get(key, 0.0) + torch.nan_to_num(value.to(self._device), nan=0.0, posinf=0.0)
+            value = value.detach().float() if isinstance(value, Tensor) else float(value)
+            self._totals[key] = self._totals.get(key, 0.0) + value
         if sample_ids is not None:
             self._ids.extend(int(index) for index in sample_ids)
 
     def close_step(self, step: int, lr: float, info: StepInfo) -> None:
-        self._steps.append((step, self._ids, info))
-        self._ids = []
-        self._rates += lr
+        means = {key: total / self._micro_batches for key, total in self._totals.items()}
+        self._steps.append((step, self._ids, lr, info, means))
+        self._micro_batches, self._totals, self._ids = 0, {}, []
 
-    def read(self) -> tuple[dict[str, float], list[tuple[int, list[int], bool]]]:
-        """Means over the interval and processes, and (step, sample ids, failed) of each step."""
-        flags = torch.stack([info.failed.float() for _, _, info in self._steps]).tolist()
-        norms = torch.stack([info.grad_norm.float() for _, _, info in self._steps])
-        norms = norms[torch.isfinite(norms)]
+    def read(self) -> list[_StepRecord]:
+        """The steps of the interval; values that ``loss_fn`` gave are means over the processes."""
+        infos = [info for _, _, _, info, _ in self._steps]
+        failed = torch.stack([info.failed for info in infos]).tolist()
+        norms = torch.stack([info.grad_norm.float() for info in infos]).tolist()
+        keys = list(self._steps[0][-1])
+        scalars = {key: _to_floats([means[key] for *_, means in self._steps]) for key in keys}
         self._ended = time.perf_counter()
-        sums = {key: float(value) for key, value in self._sums.items()} | {"micro_batches": self._micro_batches}
-        sums = sum_over_processes(sums)
-        count = sums.pop("micro_batches")
-        means = {key: value / count for key, value in sums.items()}
-        means["grad_norm"] = float(norms.mean()) if norms.numel() else 0.0
-        means["loss_scale"] = float(self._steps[-1][2].loss_scale)
-        means["base_lr"] = self._rates / len(self._steps)
-        return means, [(step, ids, bool(flag)) for (step, ids, _), flag in zip(self._steps, flags, strict=True)]
+        shares = distributed.gather_objects(scalars)  # added in rank order: the same sums in any interval
+        scalars = {
+            key: [sum(values) / len(shares) for values in zip(*(share[key] for share in shares), strict=True)]
+            for key in keys
+        }
+        return [
+            _StepRecord(
+                step,
+                ids,
+                lr,
+                failed[place],
+                {key: scalars[key][place] for key in keys}
+                | {"grad_norm": norms[place], "loss_scale": float(info.loss_scale)},
+            )
+            for place, (step, ids, lr, info, _) in enumerate(self._steps)
+        ]
+
+
+def _to_floats(values: list[Tensor | float]) -> list[float]:
+    return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
+
+
+def _add(means: dict[str, list[float]], values: dict[str, float]) -> None:
+    """Take the finite values into the running (mean, number of values)."""
+    for key, value in values.items():
+        mean = means.setdefault(key, [0.0, 0])
+        if math.isfinite(value):
+            mean[1] += 1
+            mean[0] += (value - mean[0]) / mean[1]
+
+
+def _means(means: dict[str, list[float]]) -> dict[str, float]:
+    """Mean of each key; NaN where no step had a finite value."""
+    return {key: mean if number else math.nan for key, (mean, number) in means.items()}

@@ -3,6 +3,9 @@
 import argparse
 import json
 import pickle
+import re
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,14 @@ _SAFE_GLOBALS = [
     *{type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")},
 ]
 
+# how torch's safe loader says that a pickle names something beyond its list, not merely that bytes make no sense
+_WORDS_OF_REFUSAL = ("Unsupported global", "GLOBAL", "Unsupported class", "Trying to call reduce", "Can only")
+# broken bytes end in about every kind of error, from the zip reader, the unpickler or the tensor builder
+_READ_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile),
+)
+
 
 def load_torch_file(path: Path) -> Any:
     """``torch.load`` on the CPU with ``weights_only``; the single place of the tree that calls it.
@@ -44,22 +55,18 @@ def load_torch_file(path: Path) -> Any:
     """
     _check_is_file(path)
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are about to be refused or that load all the same
             # memory-mapping works for the zip format only, and keeps a large file from being read twice
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if (
-            "Unsupported" in str(error)
-            or "GLOBAL" in str(error)
-            or "weights_only" in str(error).split("invalid load")[0]
-        ):
-            if "invalid load key" not in str(error):
-                raise EngineError(
-                    f"{path} is refused: it holds pickled Python objects beside tensors ({_first_reason(error)}); "
-                    "loading those could execute code. Save its state dict of tensors alone and give that file"
-                ) from None
-        raise EngineError(f"{path} is not a checkpoint: {_what_it_is(path)}") from None
-    except (EOFError, RuntimeError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError, MemoryError):
+        if any(word in str(error) for word in _WORDS_OF_REFUSAL):
+            raise EngineError(
+                f"{path} is refused: it holds pickled Python objects beside tensors ({_first_reason(error)}); "
+                "loading those could execute code. Save its state dict of tensors alone and give that file"
+            ) from None
+        raise EngineError(f"{path} cannot be read as a checkpoint: {_what_it_is(path)}") from None
+    except _READ_ERRORS:
         raise EngineError(f"{path} cannot be read as a checkpoint: {_what_it_is(path)}") from None
 
 
@@ -105,7 +112,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise EngineError(f"{path} is not a sound safetensors file ({error}): download it again") from None
+        raise EngineError(f"{path} is not a sound safetensors file ({error}): {_what_it_is(path)}") from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -120,7 +127,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shard = index.parent / name
         if not shard.is_file():
             raise EngineError(f"{index} needs the shard {name}, which is not in {index.parent}: download it")
-        state.update(_read_safetensors(shard) if shard.suffix == ".safetensors" else load_torch_file(shard))
+        content = _read_safetensors(shard) if shard.suffix == ".safetensors" else load_torch_file(shard)
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise EngineError(f"{shard} is no shard of weights: it must hold named tensors only; download it again")
+        state.update(content)
     return state
 
 
@@ -132,11 +142,9 @@ def _check_is_file(path: Path) -> None:
 
 
 def _first_reason(error: Exception) -> str:
-    for line in str(error).splitlines():
-        if "GLOBAL" in line or "Unsupported" in line:
-            words = line.split("GLOBAL", 1)[-1].split()
-            return words[0] if words and "GLOBAL" in line else line.strip()[:80]
-    return str(error).splitlines()[0][:80]
+    """The name that was refused, else the words around it."""
+    found = re.search(r"GLOBAL ([\w.]+)|unrecognized function <?([^>\n]{1,60})", str(error))
+    return (found[1] or found[2]) if found else str(error).splitlines()[0][:80]
 
 
 def _what_it_is(path: Path) -> str:
@@ -149,4 +157,6 @@ def _what_it_is(path: Path) -> str:
         return "it is a web page, probably the error page of a download; download it again"
     if head.startswith(b"PK") and not zipfile.is_zipfile(path):
         return f"it is cut off at {path.stat().st_size} bytes; download or copy it again"
+    if head.startswith(b"\x80"):
+        return "it is damaged, or a pickle of other things than tensors; download or copy it again"
     return "it is damaged or of another format; download or copy it again"

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Below this many rows a product is bound by reading the weights, and torch's own path has less overhead.
@@ -28,7 +27,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if _use_onednn(x, self.weight):
-            return _OneDnnLinear.apply(x, self.weight, self.bias)
+            return _onednn_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -42,26 +41,33 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _onednn_product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_x = _onednn_product(grad, weight.t().contiguous()) if needs_x else None
-        grad_weight = _onednn_product(grad_rows.t(), rows.t()) if needs_weight else None
-        return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None
+# an operator of its own, because torch.compile knows oneDNN's only with constant weights
+@torch.library.custom_op("plainvl::onednn_linear", mutates_args=())
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X weight^T + bias."""
+    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "").contiguous()
 
 
-def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias."""
-    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+@_onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _onednn_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
+    grad_x = _onednn_linear(grad, weight.t().contiguous()) if needs_x else None
+    grad_weight = _onednn_linear(grad_rows.t(), rows.t()) if needs_weight else None
+    return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None
+
+
+_onednn_linear.register_autograd(_onednn_linear_backward, setup_context=_save_for_backward)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

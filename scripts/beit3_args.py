@@ -50,11 +50,12 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     | {
         "batch_size": 32,
         "lr": 1e-3,
+        "clip_grad": 1.0,
         "epochs": 12,
         "drop_path": 0.0,
         "weight_decay": 0.05,
         "task_head_lr_weight": 0.0,
-        "opt_betas": [0.9, 0.999],
+        "opt_betas": [0.9, 0.95],
         "randaug": False,
         "hflip": False,
         "min_crop_scale": 1.0,

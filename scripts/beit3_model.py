@@ -15,12 +15,14 @@ from engine.weights import read_state_dict
 from models.beit3.config import VOCAB_SIZE, beit3_config
 from models.beit3.loading import load_rule, prepare_beit3_state_dict
 from models.beit3.tasks import build_beit3
+from models.errors import ModelError
 from models.loading import load_weights
 
 CONFIG_FILE = "config.json"
 ANSWER_FILE = "answer2label.txt"
 TOKENIZER_FILE = "beit3.spm"
 _TEXT_ROWS = "beit3.text_embed.weight"
+_OUTPUT_LAYER = ("head.3.weight", "head.3.bias")  # one row for each answer
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class ModelChoice:
     name: str
     task: str
     weights: str  # file or folder; empty for random weights
+    resume_from: Path | None = None  # checkpoint folder that will give all weights, instead of ``weights``
+    answers: AnswerVocabulary | None = None  # of the run; None leaves the weights' own list unchecked
     image_size: int | None = None
     vocab_size: int | None = None  # None: the checkpoint's, else the published one (tiny: the tokenizer's)
     drop_path: float = 0.0
@@ -43,12 +47,22 @@ def build_model(
 ) -> nn.Module:
     """The network of a task with its weights; says what keeps random start values.
 
+    Args:
+        choice: shape and weights.
+        tokenizer: of the text that the model will read.
+        num_answers: rows of the output layer; None for tasks without.
+        for_training: a new output layer is fine; in an evaluation nothing may be missing.
+
     Raises:
-        DataError: the tokenizer has more ids than the model has rows.
+        DataError: the tokenizer has more ids than the model has rows, or the weights were trained on other answers.
         EngineError: the weights cannot be read.
         ModelError: unknown name, or weights that do not fit.
     """
-    state = read_state_dict(choice.weights, model_key=choice.model_key) if choice.weights else None
+    weights = "" if choice.resume_from else choice.weights
+    state = read_state_dict(weights, model_key=choice.model_key) if weights else None
+    new_output = _is_of_other_answers(choice, for_training=for_training)
+    if state is not None and new_output:
+        state = {name: value for name, value in state.items() if not name.endswith(_OUTPUT_LAYER)}
     vocab_size = choice.vocab_size or _vocab_size(choice, state, tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
@@ -65,19 +79,32 @@ def build_model(
         choice.name, choice.task, image_size=choice.image_size, drop_path=choice.drop_path, vocab_size=vocab_size
     )
     model = build_beit3(
-        choice.task, config, num_classes=num_answers, checkpoint_activations=choice.checkpoint_activations
+        choice.task,
+        config,
+        num_classes=num_answers,
+        checkpoint_activations=choice.checkpoint_activations,
     )
+    if choice.resume_from:
+        return model
     if state is None:
         say(f"{choice.name}: random weights, no checkpoint given")
         return model
+    if not for_training and (rows := _output_rows(state)) not in (None, num_answers):
+        raise DataError(
+            f"{choice.weights} was trained on {rows} answers, the answer list has {num_answers}: "
+            "give the --answer_list of these weights"
+        )
     rule = load_rule(choice.task, for_training=for_training)
-    report = load_weights(
-        model,
-        prepare_beit3_state_dict(state, config, model_prefix=choice.model_prefix),
-        may_miss=rule.may_miss,
-        may_mismatch=rule.may_mismatch,
-        may_be_extra=rule.may_be_extra,
-    )
+    try:
+        report = load_weights(
+            model,
+            prepare_beit3_state_dict(state, config, model_prefix=choice.model_prefix),
+            may_miss=rule.may_miss,
+            may_mismatch=rule.may_mismatch,
+            may_be_extra=rule.may_be_extra,
+        )
+    except ModelError as error:
+        raise ModelError(f"{choice.weights}: {error}") from None
     say(f"loaded {len(report.loaded)} weights from {choice.weights}")
     if report.newly_initialised:
         say(f"NEWLY INITIALISED, to be trained: {', '.join(report.newly_initialised)}")
@@ -86,7 +113,40 @@ def build_model(
     return model
 
 
+def _output_rows(state: dict[str, Tensor]) -> int | None:
+    """Number of answers that the weights' own output layer has; None without one."""
+    rows = [value.shape[0] for name, value in state.items() if name.endswith(_OUTPUT_LAYER[0]) and value.ndim == 2]
+    return rows[0] if rows else None
+
+
+def _is_of_other_answers(choice: ModelChoice, *, for_training: bool) -> bool:
+    """Whether the weights' own answer list, where they have one beside them, is another than the run's."""
+    folder, answers = checkpoint_folder(choice.resume_from or choice.weights), choice.answers
+    if answers is None or folder is None or not (folder / ANSWER_FILE).is_file():
+        return False
+    theirs = AnswerVocabulary.load(folder / ANSWER_FILE)
+    if theirs.answers == answers.answers:
+        return False
+    difference = f"{folder} was trained on another answer list ({len(theirs)} answers there, {len(answers)} here)"
+    if choice.resume_from:
+        raise DataError(f"cannot resume: {difference}; give its own one, or another --output_dir")
+    if not for_training:
+        raise DataError(f"{difference}: leave --answer_list out, or give --answer_list {folder / ANSWER_FILE}")
+    say(f"warning: {difference}: the output layer starts anew")
+    return True
+
+
+def checkpoint_folder(weights: str | Path) -> Path | None:
+    """The folder that a run wrote around its weights, given it or a file in it; None for any other weights."""
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    return folder if weights and (folder / CONFIG_FILE).is_file() else None
+
+
 def _vocab_size(choice: ModelChoice, state: dict[str, Tensor] | None, tokenizer: XLMRTokenizer) -> int:
+    if choice.resume_from:
+        rows_there = read_checkpoint_config(str(choice.resume_from)).get("vocab_size")
+        if isinstance(rows_there, int):
+            return rows_there
     if state is not None:
         rows = [value.shape[0] for name, value in state.items() if name.endswith(_TEXT_ROWS) and value.ndim == 2]
         if rows:
@@ -98,10 +158,10 @@ def find_answers(answer_list: str | None, weights: str, data_path: str | None) -
     """Answer list from the flag, else beside the weights, else in the data folder; None if there is none."""
     if answer_list:
         return AnswerVocabulary.load(answer_list)
-    folders = [Path(weights)] if weights and Path(weights).is_dir() else []
+    folders = [checkpoint_folder(weights), Path(weights) if weights and Path(weights).is_dir() else None]
     folders += [Path(data_path)] if data_path else []
     for folder in folders:
-        if (folder / ANSWER_FILE).is_file():
+        if folder is not None and (folder / ANSWER_FILE).is_file():
             return AnswerVocabulary.load(folder / ANSWER_FILE)
     return None
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.beit3_dataset import BEiT3VQADataset, VQACollate
+from data.beit3_dataset import BEiT3VQADataset, VQACollate, check_images_exist
 from data.errors import DataError
 from data.files import read_json, write_json_atomic, write_jsonl_atomic
 from data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from data.metrics.vqa import VQAAccuracy, submission_entries, vqa_accuracy
+from data.metrics.vqa import submission_entries, vqa_accuracy
 from data.own_vqa import build_answer_list, read_vqa_file
 from data.randaugment import RandAugment
 from data.tokenizers.spm import XLMRTokenizer
@@ -24,7 +24,7 @@ from data.vqa_answers import AnswerVocabulary
 from data.vqav2 import SPLIT_FILES, VQARecord, read_vqav2_split
 from engine import distributed
 from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
-from engine.log import say
+from engine.log import peak_mib, say
 from models.beit3.tasks import vqa_loss
 from scripts.beit3_model import find_answers
 
@@ -64,7 +64,10 @@ def read_split(
         records = read_vqa_file(split, tokenizer, answers)
     else:
         raise DataError(f"--eval_split {split}: choose {', '.join(SPLIT_FILES)}, or a .jsonl file of your own")
-    return records[: args.limit_samples]
+    records = records[: args.limit_samples]
+    if not args.skip_broken_images:
+        check_images_exist((record.image_path for record in records), Path(args.data_path))
+    return records
 
 
 def build_loader(
@@ -129,9 +132,9 @@ def train_and_val_loaders(
     return loader("train"), None if args.train_file and not args.val_file else loader("val")
 
 
-def loss_fn(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+def loss_fn(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Any]:
     """Sum over answers of the binary cross entropy, mean over the batch (``step`` is not used)."""
-    return {"loss": vqa_loss(_forward(model, batch), batch["targets"])}
+    return {"loss": vqa_loss(_forward(model, batch), batch["targets"]), "images_replaced": batch["images_replaced"]}
 
 
 def _forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -146,14 +149,16 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
     """Validation: ``score`` = 100 x mean over questions of the target score of the best answer."""
-    sums = {"score": 0.0, "questions": 0.0}
+    sums = {"score": 0.0, "questions": 0.0, "replaced": 0.0}
     batches = forward_batches(
         model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="validating"
     )
     for batch, logits in batches:
         sums["score"] += float(_target_scores(logits, batch["targets"]).sum())
         sums["questions"] += len(logits)
+        sums["replaced"] += batch["images_replaced"]
     total = sum_over_processes(sums)
+    _warn_of_replaced(total["replaced"])
     if total["questions"] != loader.num_samples:
         raise AssertionError(f"{total['questions']} questions validated instead of {loader.num_samples}")
     return {"score": 100 * total["score"] / total["questions"]}
@@ -161,6 +166,11 @@ def evaluate(
 
 def _target_scores(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _warn_of_replaced(count: float) -> None:
+    if count:
+        say(f"warning: {int(count)} images could not be read and were replaced by a grey one")
 
 
 def predict(
@@ -184,9 +194,7 @@ def predict(
         for question_id, labels, values, score in rows:
             local[question_id] = {"top": list(zip(labels, values, strict=True)), "score": score}
         replaced += batch["images_replaced"]
-    replaced = int(sum_over_processes({"replaced": float(replaced)})["replaced"])
-    if replaced:
-        say(f"warning: {replaced} images could not be read and were replaced by a grey one")
+    _warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
     return gather_by_id(local, expected=loader.num_samples)
 
 
@@ -200,15 +208,23 @@ def run_evaluation(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """``--eval``: write the server's prediction file, the top answers, and scores where labels are known."""
-    annotations = _read_annotations(args.annotations) if args.annotations else None
+    """``--eval``: write the server's prediction file, the top answers, and scores where labels are known.
+
+    A dry run predicts two batches and writes nothing.
+    """
     records = read_split(args, args.eval_split, tokenizer, answers)
     if args.shuffle_images:
         records = _with_shuffled_images(records, args.seed)
+    annotations = _read_annotations(args.annotations, records) if args.annotations else None
+    if args.dry_run:
+        records = records[: 2 * args.eval_batch_size * distributed.world_size()]
     say(f"{args.eval_split}: {len(records)} questions")
     loader = build_loader(args, records, tokenizer, len(answers), image_size=image_size, train=False, device=device)
     predictions = predict(model, loader, device=device, autocast=autocast)
     if not distributed.is_main():
+        return
+    if args.dry_run:
+        say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
         return
     output = Path(args.output_dir)
     split = Path(args.eval_split).stem + ("_shuffled_images" if args.shuffle_images else "")
@@ -229,34 +245,35 @@ def run_evaluation(
         result["labelled_questions"] = len(labelled)
         print(f"score {result['score']:.2f} over {len(labelled)} labelled questions")
     if annotations is not None:
-        result["official"] = _official_scores(chosen, annotations, args.annotations).official()
+        result["official"] = vqa_accuracy(chosen, annotations).official()
         _print_official(result["official"])
     write_json_atomic(output / f"result_{args.task}_{split}.json", result, indent=2)
 
 
 def _with_shuffled_images(records: list[VQARecord], seed: int) -> list[VQARecord]:
-    """Every question with the image of another draw: shows what the question's text alone achieves."""
-    order = np.random.default_rng(seed).permutation(len(records))
-    return [replace(record, image_path=records[other].image_path) for record, other in zip(records, order, strict=True)]
+    """Every question with the image of another one, never its own: shows what the question's text alone achieves."""
+    images = sorted({record.image_path for record in records})
+    if len(images) < 2:
+        raise DataError(f"--shuffle_images needs two different images, the split has {len(images)}: leave it out")
+    order = np.random.default_rng(seed).permutation(len(images))
+    other = {images[place]: images[after] for place, after in zip(order, np.roll(order, 1), strict=True)}
+    return [replace(record, image_path=other[record.image_path]) for record in records]
 
 
-def _read_annotations(path: str) -> list[dict[str, Any]]:
+def _read_annotations(path: str, records: list[VQARecord]) -> list[dict[str, Any]]:
+    """Annotations of the questions to be evaluated; the file may cover more (val2014 beside 1000 images)."""
     content = read_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} has no list of annotations: give the raw v2_mscoco_<split>_annotations.json")
-    return rows
-
-
-def _official_scores(chosen: dict[int, str], annotations: list[dict[str, Any]], path: str) -> VQAAccuracy:
-    """Official accuracy over the evaluated questions; the file may cover more (val2014 beside 1000 images)."""
-    wanted = [row for row in annotations if isinstance(row, dict) and row.get("question_id") in chosen]
-    if len(wanted) != len(chosen):
+    questions = {record.question_id for record in records}
+    wanted = [row for row in rows if isinstance(row, dict) and row.get("question_id") in questions]
+    if len(wanted) != len(questions):
         raise DataError(
-            f"{path} annotates {len(wanted)} of the {len(chosen)} evaluated questions: "
+            f"{path} annotates {len(wanted)} of the {len(questions)} questions to be evaluated: "
             "give the annotations of this split"
         )
-    return vqa_accuracy(chosen, wanted)
+    return wanted
 
 
 def _print_official(official: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.beit3.config import BEiT3Config
+from models.beit3.config import BEiT3Config, StartValues
 from models.errors import ModelError
 from models.layers import Linear, add_residual, attention, drop_path_scales, init_linear_truncated_
 
@@ -350,18 +350,17 @@ def _add(streams: Streams, branches: Streams, scale: Tensor | None) -> Streams:
     return image, text
 
 
-def init_beit3_weights(model: nn.Module, *, pos_embed_std: float) -> None:
-    """Start values of the original for a trunk and its heads; layer norms and the patch convolution keep torch's own.
+def init_beit3_weights(model: nn.Module, start: StartValues) -> None:
+    """Random weights of a trunk and its heads; layer norms and the patch convolution keep torch's own.
 
     The sub-LN paper's larger gain is left out: the original applies it and then overwrites it.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            init_linear_truncated_(module)
+            init_linear_truncated_(module, std=start.linear, bound=start.linear)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(
-                module.weight, std=pos_embed_std if "embed_positions" in name else module.embedding_dim**-0.5
-            )
+            words = start.words or module.embedding_dim**-0.5
+            nn.init.normal_(module.weight, std=start.positions if "embed_positions" in name else words)
 
 
 def compile_layers(model: nn.Module) -> None:

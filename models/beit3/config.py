@@ -27,6 +27,18 @@ _WITHOUT_FINAL_NORM = ("vqav2", "imageclassification")
 
 
 @dataclass(frozen=True)
+class StartValues:
+    """Standard deviations of random weights; the defaults are the original's, meant for loading a checkpoint over them.
+
+    Training from scratch needs larger ones: with the original's, a tiny model does not learn to look at the image.
+    """
+
+    linear: float = 0.02  # cut off at one deviation
+    positions: float = 1.0
+    words: float | None = None  # None: width^-0.5
+
+
+@dataclass(frozen=True)
 class BEiT3Config:
     """All that a BEiT-3 trunk is built from; defaults are those of the base model."""
 
@@ -42,7 +54,7 @@ class BEiT3Config:
     drop_path: float = 0.0  # rate of the last layer; layer i has i / (num_layers - 1) of it
     layernorm_eps: float = 1e-5
     in_chans: int = 3
-    pos_embed_std: float = 1.0  # start values of both position tables; training from scratch needs about 0.3
+    start: StartValues = StartValues()
 
     def __post_init__(self) -> None:
         """Check what cannot work.
@@ -85,17 +97,19 @@ class _Size:
     embed_dim: int
     num_layers: int
     num_heads: int
-    pos_embed_std: float
+    patch_size: int
     published: dict[str, tuple[int, ...]]  # task suffix -> image sizes of the released weights
+    start: StartValues = StartValues()
 
 
 MODELS = {
-    "beit3_tiny_patch16": _Size(96, 3, 4, 0.3, {}),  # not published: the size of the quick start, at 32 pixels
+    # not published: the size of the quick start, from random weights; nine patches, one for each cell of a drawn scene
+    "beit3_tiny_patch32": _Size(96, 3, 4, 32, {}, StartValues(linear=0.16, positions=0.3, words=0.5)),
     "beit3_base_patch16": _Size(
         768,
         12,
         12,
-        1.0,
+        16,
         {
             "vqav2": (384, 480),
             "captioning": (224, 480),
@@ -108,7 +122,7 @@ MODELS = {
         1024,
         24,
         16,
-        1.0,
+        16,
         {
             "vqav2": (384, 480, 768),
             "captioning": (480,),
@@ -152,20 +166,20 @@ def beit3_config(
     size = MODELS[stem]
     return BEiT3Config(
         image_size=size_of_name,
-        patch_size=16,
+        patch_size=size.patch_size,
         embed_dim=size.embed_dim,
         num_layers=size.num_layers,
         num_heads=size.num_heads,
         vocab_size=vocab_size,
         normalize_output=suffix not in _WITHOUT_FINAL_NORM,
         drop_path=drop_path,
-        pos_embed_std=size.pos_embed_std,
+        start=size.start,
     )
 
 
 def model_names(suffix: str | None = None) -> list[str]:
     """Names to offer: the published sizes (of one task) and the tiny one."""
-    names = {"beit3_tiny_patch16_32"}
+    names = {"beit3_tiny_patch32_96"}
     for stem, size in MODELS.items():
         for task, image_sizes in size.published.items():
             if suffix in (None, task):
@@ -182,6 +196,6 @@ def _parse(name: str, suffix: str) -> tuple[str, int, str | None]:
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ModelError(
-            f"unknown model {name!r}{hint}: choose one of {', '.join(names)}, or another image size that 16 divides"
+            f"unknown model {name!r}{hint}: choose one of {', '.join(names)}, or another size that the patch divides"
         )
     return match[1], int(match[2]), match[3]

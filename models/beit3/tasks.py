@@ -70,7 +70,7 @@ class BEiT3ForVisualQuestionAnswering(_BEiT3ForTask):
         self.head = nn.Sequential(
             Linear(dim, 2 * dim), nn.LayerNorm(2 * dim, eps=eps), nn.GELU(), Linear(2 * dim, num_answers)
         )
-        init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
+        init_beit3_weights(self, config.start)
 
     def forward(self, image: Tensor, question: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) images, (B, T) question ids and (B, T) padding (1 = padded) -> (B, num_answers) logits."""
@@ -85,7 +85,7 @@ class BEiT3ForCaptioning(_BEiT3ForTask):
         """The output layer has the vocabulary's rows and is not tied to the word embedding."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         self.mlm_head = Linear(config.embed_dim, config.vocab_size)
-        init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
+        init_beit3_weights(self, config.start)
 
     def forward(
         self,
@@ -131,7 +131,7 @@ class BEiT3ForVisualReasoning(_BEiT3ForTask):
         """A new head starts near zero."""
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         self.head = _TwoLayerHead(4 * config.embed_dim, 2 * config.embed_dim, num_classes, config.layernorm_eps)
-        init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
+        init_beit3_weights(self, config.start)
         _scale_(self.head.dense1, self.head.dense2)
 
     def forward(self, image_a: Tensor, image_b: Tensor, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class BEiT3ForImageClassification(_BEiT3ForTask):
         super().__init__(config, checkpoint_activations=checkpoint_activations)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.layernorm_eps)
         self.head = Linear(config.embed_dim, num_classes)
-        init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
+        init_beit3_weights(self, config.start)
         _scale_(self.head)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class BEiT3ForRetrieval(_BEiT3ForTask):
         self.language_head = Linear(config.embed_dim, config.embed_dim, bias=False)
         self.vision_head = Linear(config.embed_dim, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        init_beit3_weights(self, pos_embed_std=config.pos_embed_std)
+        init_beit3_weights(self, config.start)
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, padding_mask: Tensor | None = None

@@ -9,7 +9,7 @@ from engine.backend import TorchBackend, resolve_precision
 from engine.ema import ModelEMA
 from engine.errors import EngineError
 from engine.optim import build_adamw, parameter_groups
-from models.beit3.config import BEiT3Config
+from models.beit3.config import BEiT3Config, StartValues
 from models.beit3.tasks import BEiT3ForVisualQuestionAnswering, vqa_loss
 from tests.helpers import run_in_processes
 
@@ -20,7 +20,7 @@ def tiny_beit3():
     torch.manual_seed(0)
     config = BEiT3Config(
         image_size=16, patch_size=8, embed_dim=16, num_layers=2, num_heads=2, mlp_ratio=2, vocab_size=30,
-        max_text_positions=16, pos_embed_std=0.3,
+        max_text_positions=16, start=StartValues(positions=0.3),
     )  # fmt: skip
     return BEiT3ForVisualQuestionAnswering(config, 5)
 

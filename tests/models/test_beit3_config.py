@@ -59,9 +59,9 @@ def test_image_sizes_that_were_never_published_are_allowed():
 
 
 def test_tiny_is_the_size_of_the_quick_start():
-    config = beit3_config("beit3_tiny_patch16_32", "vqav2", vocab_size=100)
+    config = beit3_config("beit3_tiny_patch32_96", "vqav2", vocab_size=100)
     assert (config.num_layers, config.embed_dim, config.num_heads) == (3, 96, 4)
-    assert (config.pos_embed_std, config.num_image_tokens, config.vocab_size) == (0.3, 5, 100)
+    assert (config.start.positions, config.num_image_tokens, config.vocab_size) == (0.3, 10, 100)
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "beit3_base_patch16_480_vqa", "beit3_huge", ""])
@@ -101,7 +101,7 @@ def test_impossible_sizes_are_refused(field: str, value: float):
 
 def test_question_answering_needs_the_number_of_answers():
     with pytest.raises(ModelError, match="answer2label"):
-        build_beit3("vqav2", beit3_config("beit3_tiny_patch16_32", "vqav2"))
+        build_beit3("vqav2", beit3_config("beit3_tiny_patch32_96", "vqav2"))
 
 
 def test_offered_names_can_all_be_built():

@@ -126,7 +126,7 @@ def test_captioning_finds_its_head_in_a_pretraining_file():
 
 def test_evaluating_a_pretraining_file_is_refused():
     rule = load_rule("vqav2", for_training=False)
-    with pytest.raises(ModelError, match="8 missing from the file: head"):
+    with pytest.raises(ModelError, match="10 missing from the file: head"):
         load_weights(vqa(), prepare_beit3_state_dict(pretrained(), config()), **vars(rule))
 
 

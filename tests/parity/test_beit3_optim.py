@@ -41,9 +41,7 @@ def build(recording, task="vqav2"):
 
 def groups_of(model, settings):
     rule = choose_rule(
-        argparse.Namespace(
-            layer_decay=settings["layer_decay"], task_head_lr_weight=settings["task_head_lr_weight"]
-        ),
+        argparse.Namespace(layer_decay=settings["layer_decay"], task_head_lr_weight=settings["task_head_lr_weight"]),
         model,
     )
     return parameter_groups(
@@ -70,9 +68,7 @@ def test_schedules_are_the_recorded_ones_to_float64_rounding(recording):
         if schedule["warmup_steps"] > 0:
             warmup = schedule["warmup_steps"]
         values = schedule["values"].tolist()
-        rate = warmup_cosine(
-            schedule["lr"], schedule["min_lr"], warmup_steps=warmup, total_steps=len(values)
-        )
+        rate = warmup_cosine(schedule["lr"], schedule["min_lr"], warmup_steps=warmup, total_steps=len(values))
         ours = [rate(step) for step in range(len(values))]
         assert ours == pytest.approx(values, rel=1e-15, abs=1e-20)  # measured: equal, or one unit in the last place
 

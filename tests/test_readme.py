@@ -1,0 +1,329 @@
+"""What the documents say is held against the code: commands, links, file names, tests that are cited, tables.
+
+Commands stand in fenced ``sh`` blocks of the documents and in the heads of the launchers. Each is parsed by the real
+parser of its program; launchers are asked with ``PLAINVL_PRINT`` which command they would run.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.beit3_args import OFFERED_TASKS, RECIPES, parse_args
+from scripts.beit3_args import build_parser as build_beit3_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LAUNCHERS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if "\nlaunch " in path.read_text(encoding="utf-8"))
+PARSERS = {
+    "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
+    "scripts/ask.py": "scripts.ask:build_parser",
+    "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
+    "scripts/make_index.py": "scripts.make_index:parser",
+    "scripts/make_report.py": "scripts.make_report:build_parser",
+    "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
+}
+OTHER_PROGRAMS = {"pip", "ruff", "tensorboard"}  # not ours; their flags are not looked at
+ORIGINAL_FLAGS = """
+    model task input_size drop_path checkpoint_activations sentencepiece_model vocab_size num_max_bpe_tokens
+    model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum weight_decay lr
+    layer_decay task_head_lr_weight warmup_lr min_lr warmup_epochs warmup_steps batch_size eval_batch_size
+    epochs update_freq save_ckpt_freq randaug train_interpolation finetune model_key model_prefix data_path
+    output_dir log_dir device seed resume auto_resume no_auto_resume save_ckpt no_save_ckpt start_epoch eval
+    dist_eval num_workers pin_mem no_pin_mem world_size local_rank local-rank dist_on_itp dist_url
+    task_cache_path nb_classes mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode color_jitter
+    aa reprob remode recount crop_pct smoothing resplit captioning_mask_prob drop_worst_ratio drop_worst_after
+    num_beams length_penalty label_smoothing enable_deepspeed initial_scale_power zero_stage
+""".split()
+
+
+# --- reading the documents --------------------------------------------------------------------------------------------
+
+
+def commands_of(path: Path) -> Iterator[str]:
+    """Command lines of a document's ``sh`` blocks, continuation lines joined, comments left out."""
+    for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE):
+        yield from (line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip(" #"))
+
+
+def commands_in_head_of(script: Path) -> Iterator[str]:
+    """Commands in the comment at the top of a launcher: lines such as ``#   NAME=value bash scripts/x.sh --flag``."""
+    for line in script.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#   ") and f"bash scripts/{script.name}" in text:
+            yield text
+
+
+def inline_commands_of(path: Path) -> Iterator[str]:
+    """Commands in back-quotes that name a program of ours with its flags, without an ellipsis."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        if re.match(r"(python3?|torchrun|bash) [\w/]+\.(py|sh)|torchrun \S", code) and "..." not in code:
+            yield code
+
+
+def all_commands() -> list[str]:
+    found = [command for path in DOCUMENTS for command in (*commands_of(path), *inline_commands_of(path))]
+    return sorted({*found, *(command for script in LAUNCHERS for command in commands_in_head_of(script))})
+
+
+def text_outside_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def slugs_of(path: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text_outside_blocks(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- parsing commands -------------------------------------------------------------------------------------------------
+
+
+def check_command(command: str) -> None:
+    """Parse one command line with the parser of its program; raises AssertionError for anything unknown."""
+    words = shlex.split(command, comments=True)
+    environment = {}
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, _, environment[name] = words.pop(0).partition("=")
+    assert words, f"no program in {command!r}"
+    program, *rest = words
+    if program in OTHER_PROGRAMS:
+        return
+    if program == "bash":
+        check_script(rest, environment)
+        return
+    if program == "torchrun":
+        rest = without_launcher_flags(rest)
+    elif Path(program).name.startswith("python"):
+        if rest[:2] == ["-m", "pytest"]:
+            assert all((ROOT / word).exists() for word in rest[2:] if not word.startswith("-")), command
+            return
+        if rest[:1] == ["-m"]:
+            assert rest[1] in ("torch.distributed.launch", "torch.distributed.run"), f"unknown module in {command!r}"
+            rest = without_launcher_flags(rest[2:])
+    else:
+        raise AssertionError(f"unknown program {program!r} in {command!r}")
+    parse_with_real_parser(rest, command)
+
+
+def without_launcher_flags(words: list[str]) -> list[str]:
+    while words and words[0].startswith("-"):
+        assert re.fullmatch(r"--(nproc_per_node|nnodes|node_rank|master_addr|master_port)=\S+|--standalone", words[0])
+        words = words[1:]
+    return words
+
+
+def parse_with_real_parser(words: list[str], command: str) -> None:
+    assert words, f"no program in {command!r}"
+    path = words[0].removeprefix(f"{ROOT}/")
+    assert path in PARSERS, f"{command!r} calls {path!r}, which has no row in PARSERS"
+    assert (ROOT / path).is_file(), f"{command!r} calls {path!r}, which is not there"
+    module, function = PARSERS[path].split(":")
+    parser = getattr(importlib.import_module(module), function)()
+    if words[1:] == ["--help"]:
+        return
+    try:
+        args = parser.parse_args(words[1:])
+    except SystemExit:
+        raise AssertionError(f"the parser of {path} refuses {command!r}") from None
+    if path == "run_beit3_finetuning.py":
+        assert args.task in OFFERED_TASKS, f"{command!r} asks for a task that is not offered"
+
+
+def check_script(words: list[str], environment: dict[str, str]) -> None:
+    """A shell script of ours: launchers print what they would run, the others take the arguments in their heads."""
+    script, *arguments = words
+    path = ROOT / script
+    assert path.is_file(), f"{script} is not there"
+    if path in LAUNCHERS:
+        assert_variables_are_read(environment, path)
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV") if name in os.environ}
+        printed = subprocess.run(
+            ["bash", str(path), *arguments],
+            cwd=ROOT,
+            env={**inherited, **environment, "PLAINVL_PRINT": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert printed.returncode == 0, printed.stderr
+        check_command(printed.stdout)
+    elif arguments:
+        head = path.read_text(encoding="utf-8").split("\nset -", 1)[0]
+        assert arguments[0] in head or script == "scripts/test.sh", f"{script} does not document {arguments[0]}"
+
+
+def assert_variables_are_read(environment: dict[str, str], script: Path) -> None:
+    text = script.read_text(encoding="utf-8") + (ROOT / "scripts/launch.sh").read_text(encoding="utf-8")
+    unread = [name for name in environment if not re.search(rf"\${{?{name}\b", text)]
+    assert not unread, f"{script.name} reads no variable {unread}"
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_commands_of_every_kind_to_check():
+    text = "\n".join(all_commands())
+    for kind in ("torchrun", "torch.distributed.launch", "bash scripts/", *PARSERS):
+        assert kind in text, f"no document shows {kind}"
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_a_documented_command_is_taken_by_its_program(command):
+    check_command(command)
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+def test_a_launcher_without_arguments_runs_a_command_that_parses(script):
+    check_command(f"bash scripts/{script.name}")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python run_beit3_finetuning.py --task vqav2 --no_such_flag",
+        "python run_beit3_finetuning.py --task nlvr2",
+        "torchrun --nproc_per_node=8 run_other.py --task vqav2",
+        "python scripts/no_such_program.py",
+        "bash scripts/prediction.sh --no_such_flag",
+        "NO_SUCH_VARIABLE=1 bash scripts/prediction.sh",
+        "bash scripts/quickstart.sh --no_such_flag",
+        "curl somewhere",
+    ],
+)
+def test_a_wrong_command_would_be_noticed(wrong, capsys):
+    with pytest.raises(AssertionError):
+        check_command(wrong)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def visible_actions() -> list:
+    return [action for action in build_beit3_parser()._actions if action.option_strings]
+
+
+def test_every_flag_has_a_help_text():
+    for action in visible_actions():
+        assert action.help, action.option_strings
+
+
+def test_every_flag_of_the_original_is_accepted():
+    known = {name for action in visible_actions() for name in action.option_strings}
+    assert [name for name in ORIGINAL_FLAGS if f"--{name}" not in known] == []
+
+
+def test_the_flag_table_of_the_family_page_is_complete_and_true():
+    page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8")
+    table = page.split("\n## Flags\n", 1)[1].split("\n\n`--", 1)[0]
+    documented = re.findall(r"`(--[\w-]+)`", table)
+    assert len(documented) == len(set(documented))
+    assert {*documented, "-h", "--help"} == {name for action in visible_actions() for name in action.option_strings}
+
+
+def test_a_flag_without_effect_is_reported(tmp_path):
+    (tmp_path / "beit3.spm").touch()
+    always = ["--task", "vqav2", "--finetune", "", "--data_path", str(tmp_path)]
+    always += ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
+    assert parse_args(always).notes == []
+    notes = parse_args([*always, "--momentum", "0.8", "--dist_eval", "--resplit", "--enable_deepspeed"]).notes
+    for name in ("--momentum", "--dist_eval", "--resplit", "--enable_deepspeed"):
+        assert any(note.startswith(name) for note in notes), name
+
+
+def test_zero_stages_are_refused_with_the_way_out(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--task", "vqav2", "--zero_stage", "2"])
+    assert stopped.value.code == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
+def test_addresses_are_refused_as_weights(tmp_path, capsys):
+    (tmp_path / "beit3.spm").touch()
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(
+            ["--task", "vqav2", "--data_path", str(tmp_path), "--finetune", "https://example.org/a.pth"]
+            + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
+        )
+    assert stopped.value.code == 2
+    assert "nothing is downloaded" in capsys.readouterr().err
+
+
+def test_the_recipe_table_holds_the_defaults(tmp_path):
+    (tmp_path / "beit3.spm").touch()
+    page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8").split("\n## Recipes\n", 1)[1].split("\n## ", 1)[0]
+    rows = {name: cells for name, *cells in re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)}
+    assert rows.keys() == RECIPES["vqav2", "base"].keys() - {"model"}
+    for column, size in enumerate(("base", "large")):
+        args = parse_args(
+            ["--task", "vqav2", "--model", f"beit3_{size}_patch16_480", "--finetune", "", "--data_path", str(tmp_path)]
+            + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
+        )
+        for name, cells in rows.items():
+            value = getattr(args, name)
+            if isinstance(value, bool):
+                shown = "yes" if value else "no"
+            else:
+                shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            assert cells[column] == shown, (size, name)
+    assert parse_args(
+        ["--task", "vqav2", "--finetune", "", "--data_path", str(tmp_path)]
+        + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
+    ).model.startswith("beit3_base_patch16_480")
+
+
+# --- links, files, tests ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_outside_blocks(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name) if name else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor:
+            assert anchor in slugs_of(linked), f"{path.name} links to {target}, a heading that is not there"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_source_files_that_are_named_exist(path):
+    rooms = r"(?<![\w/<])((?:models|data|engine|scripts|tests|benchmarks|docs|\.ci)/[\w/.-]*)"
+    for name in re.findall(rooms, path.read_text(encoding="utf-8")):
+        name = name.rstrip(".")
+        if name.endswith((".py", ".md", ".sh")) or (name.endswith("/") and not name.startswith("data/vqav2")):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_that_are_cited_exist(path):
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", path.read_text(encoding="utf-8")):
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file}::{name}"
+
+
+def test_index_and_split_names_of_the_data_page_are_those_of_the_reader():
+    from data.vqav2 import ANNOTATION_PLACES, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES
+
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    for name in {ANSWER_FILE, *MAY_BE_EMPTY, *(name for names in SPLIT_FILES.values() for name in names)}:
+        assert f"`{name}`" in page, name
+    for split in SPLIT_FILES.keys() - {"train"}:
+        assert f"`{split}`" in page, split
+    for place in filter(None, ANNOTATION_PLACES):
+        assert f"`{place}/`" in page, place
+
+
+def test_default_places_are_the_documented_ones():
+    from scripts.beit3_args import DEFAULT_DATA_FOLDERS, DEFAULT_WEIGHTS
+
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    weights = {name for names in DEFAULT_WEIGHTS.values() for name in names}
+    for place in {*DEFAULT_DATA_FOLDERS["vqav2"], *weights}:
+        assert f"`{place}`" in page, place
