@@ -29,7 +29,8 @@ from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_r
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
 from scripts import beit3_vqa
-from scripts.beit3_model import ModelChoice, build_model, checkpoint_files
+from scripts.beit3_checkpoint import checkpoint_files
+from scripts.beit3_model import ModelChoice, build_model
 from scripts.program import run
 
 
@@ -133,11 +134,12 @@ def main(argv: list[str] | None = None) -> None:
     log = RunLog(output_dir, Path(args.log_dir) if args.log_dir else None)
     log.write_run({key: value for key, value in vars(args).items() if key != "notes"}, facts)
     keep = checkpoint_files(
-        model=model,
-        name=args.model,
         task=args.task,
+        model_name=args.model,
+        image_size=model.config.image_size,
+        vocab_size=model.config.vocab_size,
         max_tokens=args.num_max_bpe_tokens,
-        answers=answers,
+        answer_rows=list(answers.rows()),
         tokenizer_file=args.sentencepiece_model,
     )
     plan = RunPlan(

@@ -227,15 +227,15 @@ def train_step(side: Side, args: argparse.Namespace) -> None:
     side.optimizer.zero_grad(set_to_none=True)
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    """Wall seconds of one call, the device's queue emptied before and after."""
+def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
+    """Wall seconds and CPU seconds (over all threads) of one call, the device's queue emptied before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 @torch.no_grad()
@@ -279,14 +279,15 @@ def measure(args: argparse.Namespace, batch_size: int) -> dict[str, object]:
         for _ in range(args.warmup):
             train_step(side, args)
         eval_pass(side, args)
-    seconds: dict[str, list[float]] = {f"{name}_{kind}": [] for name in sides for kind in ("train_s", "eval_s")}
+    times: dict[str, list[tuple[float, float]]] = {f"{name}_{kind}": [] for name in sides for kind in ("train", "eval")}
     for _ in range(args.steps):
         for name, side in sides.items():
-            seconds[f"{name}_train_s"].append(timed(lambda side=side: train_step(side, args), args.device))
+            times[f"{name}_train"].append(timed(lambda side=side: train_step(side, args), args.device))
         for name, side in sides.items():
-            seconds[f"{name}_eval_s"].append(timed(lambda side=side: eval_pass(side, args), args.device))
-    row.update({name: statistics.median(values) for name, values in seconds.items()})
-    row["all_seconds"] = seconds
+            times[f"{name}_eval"].append(timed(lambda side=side: eval_pass(side, args), args.device))
+    for name, pairs in times.items():
+        row[f"{name}_s"], row[f"{name}_cpu_s"] = (statistics.median(values) for values in zip(*pairs, strict=True))
+    row["wall_and_cpu_seconds"] = times
     row["load_after"] = os.getloadavg()[0]
     row["samples_per_s"] = batch_size / row["ours_train_s"]
     row["train_gflops_per_sample"] = 3 * workload.forward_flops / batch_size / 1e9
@@ -296,6 +297,8 @@ def measure(args: argparse.Namespace, batch_size: int) -> dict[str, object]:
     if "peer" in sides:
         row["train_speedup"] = row["peer_train_s"] / row["ours_train_s"]
         row["eval_speedup"] = row["peer_eval_s"] / row["ours_eval_s"]
+        row["train_cpu_ratio"] = row["peer_train_cpu_s"] / row["ours_train_cpu_s"]
+        row["eval_cpu_ratio"] = row["peer_eval_cpu_s"] / row["ours_eval_cpu_s"]
     return row
 
 
@@ -330,7 +333,7 @@ def memory_in_own_process(argv: list[str], batch_size: int, name: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def describe(row: dict[str, object]) -> str:
+def describe(row: dict[str, object], device: str) -> str:
     """One readable paragraph per batch size."""
     lines = [
         f"batch {row['batch_size']}: train {row['ours_train_s']:.4g} s/step, {row['samples_per_s']:.4g} samples/s, "
@@ -344,6 +347,12 @@ def describe(row: dict[str, object]) -> str:
             f"eval {row['peer_eval_s']:.4g} s ({row['eval_speedup']:.2f}x ours); "
             f"logits differ by {row['logit_difference']:.1e}"
         )
+        if device == "cpu":  # other load on the machine counts less here
+            lines.append(
+                f"  CPU time: train {row['ours_train_cpu_s']:.4g} s against {row['peer_train_cpu_s']:.4g} s "
+                f"({row['train_cpu_ratio']:.2f}x), eval {row['ours_eval_cpu_s']:.4g} s against "
+                f"{row['peer_eval_cpu_s']:.4g} s ({row['eval_cpu_ratio']:.2f}x)"
+            )
     memory = [f"{name} {row[f'{name}_peak_mib']:.0f} MiB" for name in ("ours", "peer") if f"{name}_peak_mib" in row]
     if memory:
         lines.append(f"  peak memory: {', '.join(memory)}")
@@ -402,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.no_memory:
             for name in ("ours", "peer")[: 1 if args.peer == "none" else 2]:
                 row[f"{name}_peak_mib"] = memory_in_own_process(argv, batch_size, name)
-        print(describe(row), flush=True)
+        print(describe(row, args.device), flush=True)
         rows.append(row)
     if not rows:
         raise SystemExit("bench_step: error: no batch size fits into memory")

@@ -103,19 +103,17 @@ def check_images_exist(relative: Iterable[str], root: Path) -> None:
     """
     by_folder: dict[str, set[str]] = {}
     for path in relative:
-        folder, _, name = path.rpartition("/")
-        by_folder.setdefault(folder, set()).add(name)
+        by_folder.setdefault(os.path.dirname(path), set()).add(path)
     missing = []
-    for folder, names in by_folder.items():
+    for folder, paths in by_folder.items():
         present = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
         # a file system may spell a name differently in its list, in case or in accents
-        missing += [f"{folder}/{name}" for name in names - present if not (root / folder / name).is_file()]
+        missing += [path for path in paths if os.path.basename(path) not in present and not (root / path).is_file()]
     if missing:
-        total = sum(len(names) for names in by_folder.values())
-        first = ", ".join(path.removeprefix("/") for path in sorted(missing)[:NUM_SHOWN])
+        total = sum(map(len, by_folder.values()))
         raise DataError(
-            f"{len(missing)} of {total} images are not in {root}, the first: {first}; check --data_path, "
-            "or give --skip_broken_images to put a grey image in their place"
+            f"{len(missing)} of {total} images are not in {root}, the first: {', '.join(sorted(missing)[:NUM_SHOWN])}; "
+            "check --data_path, or give --skip_broken_images to put a grey image in their place"
         )
 
 

@@ -52,7 +52,7 @@ class RunLog:
                 self._tensorboard = SummaryWriter(str(tensorboard_dir))
             except OSError as error:
                 raise EngineError(
-                    f"--log_dir {tensorboard_dir} is not writable ({error.strerror}): choose another"
+                    f"--log_dir {tensorboard_dir} is not writable ({error.strerror}): choose another folder"
                 ) from None
 
     def write_run(self, arguments: dict[str, Any], extra: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Ask a trained model about one picture: the most probable answers with their probabilities.
 
-    python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
+python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
 """
 
 import sys
@@ -46,12 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     from data.tokenizers.spm import XLMRTokenizer
     from data.transforms import EvalTransform, normalize
     from engine import distributed
-    from scripts.beit3_model import TOKENIZER_FILE, ModelChoice, build_model, find_answers, read_checkpoint_config
+    from scripts.beit3_checkpoint import TOKENIZER_FILE, checkpoint_folder, read_checkpoint_config
+    from scripts.beit3_model import ModelChoice, build_model, find_answers
     from scripts.beit3_vqa import top_answers
 
+    if not Path(args.checkpoint).exists():
+        raise DataError(f"--checkpoint {args.checkpoint}: no such file or folder")
     config = read_checkpoint_config(args.checkpoint)
     name = args.model or config.get("model")
-    spm = args.sentencepiece_model or str(Path(args.checkpoint) / TOKENIZER_FILE)
+    spm = args.sentencepiece_model or str((checkpoint_folder(args.checkpoint) or Path()) / TOKENIZER_FILE)
     answers = find_answers(args.answer_list, args.checkpoint, None)
     for value, flag in ((name, "--model"), (answers, "--answer_list")):
         if not value:

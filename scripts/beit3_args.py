@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from data.errors import DataError
+from models.beit3.config import beit3_config
+from models.errors import ModelError
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
@@ -18,6 +21,7 @@ from scripts.arguments import (
     positive_int,
     switch,
 )
+from scripts.beit3_checkpoint import TOKENIZER_FILE, checkpoint_folder, read_checkpoint_config
 
 TASKS_OF_THE_ORIGINAL = ("vqav2", "coco_captioning", "nocaps", "nlvr2", "flickr30k", "coco_retrieval", "imagenet")
 OFFERED_TASKS = ("vqav2",)
@@ -49,13 +53,14 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("vqav2", "tiny"): _VQAV2
     | {
         "batch_size": 32,
-        "lr": 1e-3,
+        "lr": 5e-4,
         "clip_grad": 1.0,
         "epochs": 12,
+        "warmup_epochs": 0.3,
         "drop_path": 0.0,
         "weight_decay": 0.05,
         "task_head_lr_weight": 0.0,
-        "opt_betas": [0.9, 0.95],
+        "opt_betas": [0.9, 0.98],
         "randaug": False,
         "hflip": False,
         "min_crop_scale": 1.0,
@@ -169,7 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", help="folder of index files and images (default: data/<task>, then dataset)")
-    group.add_argument("--sentencepiece_model", help="beit3.spm (default: in the current folder, then in --data_path)")
+    group.add_argument(
+        "--sentencepiece_model",
+        help="beit3.spm (default: beside the weights of a run, then in the current folder, then in --data_path)",
+    )
     group.add_argument("--answer_list", help="answer2label.txt (default: beside the weights, then in --data_path)")
     group.add_argument(
         "--train_file",
@@ -281,13 +289,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.notes.append(
             "--enable_deepspeed: this version has no DeepSpeed backend yet; plain torch (DDP) runs the same step"
         )
-    _fill_recipe(args)
+    try:
+        _fill_recipe(args)
+        beit3_config(args.model, args.task, image_size=args.input_size)
+    except (DataError, ModelError) as error:
+        parser.error(str(error))
     _find_defaults(args, parser)
     return args
 
 
 def _fill_recipe(args: argparse.Namespace) -> None:
-    args.model = args.model or _VQAV2["model"]
+    known = read_checkpoint_config(args.finetune or "")  # a run's own folder says what it holds
+    args.model = args.model or known.get("model") or _VQAV2["model"]
+    args.num_max_bpe_tokens = args.num_max_bpe_tokens or known.get("num_max_bpe_tokens")
     size = next((size for size in ("tiny", "large") if f"_{size}_" in args.model), "base")
     for name, value in RECIPES[args.task, size].items():
         if getattr(args, name, None) is None:
@@ -313,8 +327,9 @@ def _find_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     elif not Path(args.data_path).is_dir():
         parser.error(f"--data_path {args.data_path} is no folder")
     if args.sentencepiece_model is None:
-        beside = [str(Path(args.finetune) / "beit3.spm")] if args.finetune and Path(args.finetune).is_dir() else []
-        places = [*beside, "beit3.spm", str(Path(args.data_path) / "beit3.spm")]
+        beside = checkpoint_folder(args.finetune)
+        places = [*([str(beside / TOKENIZER_FILE)] if beside else []), TOKENIZER_FILE]
+        places.append(str(Path(args.data_path) / TOKENIZER_FILE))
         args.sentencepiece_model = next((place for place in places if Path(place).is_file()), None)
         if args.sentencepiece_model is None:
             parser.error(f"no sentencepiece model at {' or '.join(places)}: give --sentencepiece_model")

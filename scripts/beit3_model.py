@@ -1,9 +1,7 @@
 """BEiT-3 from a name, a tokenizer, an answer list and a file of weights; shared by training, evaluation and ask.py."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,10 +15,8 @@ from models.beit3.loading import load_rule, prepare_beit3_state_dict
 from models.beit3.tasks import build_beit3
 from models.errors import ModelError
 from models.loading import load_weights
+from scripts.beit3_checkpoint import ANSWER_FILE, checkpoint_folder, read_checkpoint_config
 
-CONFIG_FILE = "config.json"
-ANSWER_FILE = "answer2label.txt"
-TOKENIZER_FILE = "beit3.spm"
 _TEXT_ROWS = "beit3.text_embed.weight"
 _OUTPUT_LAYER = ("head.3.weight", "head.3.bias")  # one row for each answer
 
@@ -136,12 +132,6 @@ def _is_of_other_answers(choice: ModelChoice, *, for_training: bool) -> bool:
     return True
 
 
-def checkpoint_folder(weights: str | Path) -> Path | None:
-    """The folder that a run wrote around its weights, given it or a file in it; None for any other weights."""
-    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    return folder if weights and (folder / CONFIG_FILE).is_file() else None
-
-
 def _vocab_size(choice: ModelChoice, state: dict[str, Tensor] | None, tokenizer: XLMRTokenizer) -> int:
     if choice.resume_from:
         rows_there = read_checkpoint_config(str(choice.resume_from)).get("vocab_size")
@@ -164,37 +154,3 @@ def find_answers(answer_list: str | None, weights: str, data_path: str | None) -
         if folder is not None and (folder / ANSWER_FILE).is_file():
             return AnswerVocabulary.load(folder / ANSWER_FILE)
     return None
-
-
-def read_checkpoint_config(weights: str) -> dict[str, Any]:
-    """What a run wrote about its model into ``config.json`` of a checkpoint folder; empty for any other file."""
-    path = Path(weights) / CONFIG_FILE
-    if not weights or not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{path} is not JSON: restore it, or give the weights file and its flags instead") from None
-    if config.get("family") != "beit3":
-        raise DataError(f"{path} describes a model of the family {config.get('family')!r}, not beit3")
-    return config
-
-
-def checkpoint_files(
-    *, model: nn.Module, name: str, task: str, max_tokens: int, answers: AnswerVocabulary, tokenizer_file: str
-) -> dict[str, bytes]:
-    """Small files that make a checkpoint folder complete: config, answer list, sentencepiece model."""
-    config = {
-        "family": "beit3",
-        "task": task,
-        "model": name,
-        "image_size": model.config.image_size,
-        "vocab_size": model.config.vocab_size,
-        "num_answers": len(answers),
-        "num_max_bpe_tokens": max_tokens,
-    }
-    return {
-        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
-        ANSWER_FILE: "".join(json.dumps(row) + "\n" for row in answers.rows()).encode(),
-        TOKENIZER_FILE: Path(tokenizer_file).read_bytes(),
-    }

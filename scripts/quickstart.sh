@@ -79,7 +79,8 @@ index() {
 fine_tune() {
     local flags=(--task vqav2 --model "$MODEL" --data_path "$data" --sentencepiece_model "$data/beit3.spm")
     flags+=(--output_dir "$run" --log_dir "$run/tensorboard" --seed "$seed")
-    flags+=(--batch_size $((BATCH_SIZE / processes)) --log_every 100 --save_ckpt_freq 1 --keep_ckpts 1)
+    flags+=(--batch_size $((BATCH_SIZE / processes)) --num_workers "$num_workers")
+    flags+=(--log_every 100 --save_ckpt_freq 1 --keep_ckpts 1) # an interrupted run goes on from its last epoch
     [[ -z $epochs ]] || flags+=(--epochs "$epochs")
     show torchrun --standalone --nproc_per_node="$processes" run_beit3_finetuning.py "${flags[@]}"
 }
@@ -104,7 +105,10 @@ echo "== environment"
 make_environment requirements.txt
 times+=("$(printf '%-28s %6d s' environment "$SECONDS")")
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-processes=1
+# For a network this small one thread that computes and one process that decodes pictures fill two cores best: two
+# threads wait for each other.
+processes=${NPROC_PER_NODE:-1}
+num_workers=$((cores > 2 ? 2 : cores - 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 stage "draw scenes" "$data/drawn_scenes.json" draw

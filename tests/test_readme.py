@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from models.beit3.config import beit3_config, model_names
+from models.errors import ModelError
 from scripts.beit3_args import OFFERED_TASKS, RECIPES, parse_args
 from scripts.beit3_args import build_parser as build_beit3_parser
 
@@ -134,6 +136,8 @@ def parse_with_real_parser(words: list[str], command: str) -> None:
         raise AssertionError(f"the parser of {path} refuses {command!r}") from None
     if path == "run_beit3_finetuning.py":
         assert args.task in OFFERED_TASKS, f"{command!r} asks for a task that is not offered"
+    if getattr(args, "model", None):
+        beit3_config(args.model, "vqav2", image_size=getattr(args, "input_size", None))
 
 
 def check_script(words: list[str], environment: dict[str, str]) -> None:
@@ -194,11 +198,12 @@ def test_a_launcher_without_arguments_runs_a_command_that_parses(script):
         "bash scripts/prediction.sh --no_such_flag",
         "NO_SUCH_VARIABLE=1 bash scripts/prediction.sh",
         "bash scripts/quickstart.sh --no_such_flag",
+        "python run_beit3_finetuning.py --task vqav2 --model beit3_small_patch16_480",
         "curl somewhere",
     ],
 )
 def test_a_wrong_command_would_be_noticed(wrong, capsys):
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ModelError)):
         check_command(wrong)
 
 
@@ -276,6 +281,14 @@ def test_the_recipe_table_holds_the_defaults(tmp_path):
         ["--task", "vqav2", "--finetune", "", "--data_path", str(tmp_path)]
         + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
     ).model.startswith("beit3_base_patch16_480")
+
+
+def test_models_that_are_named_exist():
+    page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\bbeit3_[a-z]+_patch\d+_\d+\b(?![._])", page):
+        beit3_config(name, "vqav2")
+    for name in model_names("vqav2"):
+        assert f"`{name}`" in page, name
 
 
 # --- links, files, tests ----------------------------------------------------------------------------------------------

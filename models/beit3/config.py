@@ -104,7 +104,7 @@ class _Size:
 
 MODELS = {
     # not published: the size of the quick start, from random weights; nine patches, one for each cell of a drawn scene
-    "beit3_tiny_patch32": _Size(96, 3, 4, 32, {}, StartValues(linear=0.16, positions=0.3, words=0.5)),
+    "beit3_tiny_patch32": _Size(96, 3, 4, 32, {}, StartValues(linear=0.16, words=0.5)),
     "beit3_base_patch16": _Size(
         768,
         12,

@@ -61,7 +61,7 @@ def test_image_sizes_that_were_never_published_are_allowed():
 def test_tiny_is_the_size_of_the_quick_start():
     config = beit3_config("beit3_tiny_patch32_96", "vqav2", vocab_size=100)
     assert (config.num_layers, config.embed_dim, config.num_heads) == (3, 96, 4)
-    assert (config.start.positions, config.num_image_tokens, config.vocab_size) == (0.3, 10, 100)
+    assert (config.start.linear, config.num_image_tokens, config.vocab_size) == (0.16, 10, 100)
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "beit3_base_patch16_480_vqa", "beit3_huge", ""])

@@ -5,9 +5,16 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from models import layers
 from models.layers import Linear, add_residual, attention, drop_path_scales, init_linear_truncated_
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def onednn_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small products take the way of large ones."""
+    monkeypatch.setattr(layers, "_MIN_PRODUCTS_FOR_ONEDNN", 1)
 
 
 def random_heads(*shape: int) -> torch.Tensor:
@@ -79,6 +86,7 @@ def test_truncated_start_values_stay_in_bounds_with_the_right_deviation():
     assert not linear.bias.any()
 
 
+@pytest.mark.usefixtures("onednn_always")
 @pytest.mark.parametrize("shape", [(300, 24), (2, 200, 24)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_large_cpu_products_equal_torch_forward_and_backward(shape: tuple[int, ...], bias: bool):
@@ -96,6 +104,19 @@ def test_large_cpu_products_equal_torch_forward_and_backward(shape: tuple[int, .
         assert (ours - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("onednn_always")
+def test_a_slice_of_wider_rows_gives_the_same_gradients():
+    torch.manual_seed(0)
+    linear, wide = Linear(24, 40), torch.randn(300, 64, requires_grad=True)
+    ours = torch.autograd.grad(linear(wide[:, 8:32]).pow(2).sum(), [wide, linear.weight])
+    expected = torch.autograd.grad(
+        F.linear(wide[:, 8:32], linear.weight, linear.bias).pow(2).sum(), [wide, linear.weight]
+    )
+    for grad, whole in zip(ours, expected, strict=True):
+        assert (grad - whole).abs().max() <= 5e-6 * whole.abs().max()
+
+
+@pytest.mark.usefixtures("onednn_always")
 def test_a_frozen_linear_layer_computes_no_weight_gradient():
     linear = Linear(16, 8).requires_grad_(False)
     x = torch.randn(256, 16, requires_grad=True)
@@ -105,6 +126,7 @@ def test_a_frozen_linear_layer_computes_no_weight_gradient():
     assert_close(x.grad, linear.weight.sum(0).expand(256, 16))
 
 
+@pytest.mark.usefixtures("onednn_always")
 def test_under_autocast_a_linear_layer_computes_in_the_lower_precision():
     linear = Linear(16, 8)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"QUICKSTART_TRAIN": "500", "QUICKSTART_VAL": "100", "QUICKSTART_TEST": "100", "QUICKSTART_EPOCHS": "12"}
+SIZES = {"QUICKSTART_TRAIN": "800", "QUICKSTART_VAL": "100", "QUICKSTART_TEST": "100", "QUICKSTART_EPOCHS": "12"}
 
 
 def quickstart(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -78,7 +78,7 @@ def test_a_run_with_other_settings_is_refused(first_run):
     folder, _ = first_run
     done = quickstart(folder, **SIZES | {"QUICKSTART_TRAIN": "501"})
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "holds a run with 500 train" in done.stderr
+    assert "holds a run with 800 train" in done.stderr
     assert "--fresh" in done.stderr
 
 

@@ -1,0 +1,59 @@
+"""The small files that a run stores beside its weights: a checkpoint folder needs no further flags (no torch)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+
+CONFIG_FILE = "config.json"
+ANSWER_FILE = "answer2label.txt"
+TOKENIZER_FILE = "beit3.spm"
+
+
+def checkpoint_folder(weights: str | Path) -> Path | None:
+    """The folder that a run wrote around its weights, given it or a file in it; None for any other weights."""
+    if not weights:
+        return None
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{path} is not JSON: restore it, or give the weights file in another folder") from None
+    return folder if isinstance(config, dict) and config.get("family") == "beit3" else None
+
+
+def read_checkpoint_config(weights: str | Path) -> dict[str, Any]:
+    """What a run wrote about its model into ``config.json`` beside the weights; empty for any other weights."""
+    folder = checkpoint_folder(weights)
+    return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")) if folder else {}
+
+
+def checkpoint_files(
+    *,
+    task: str,
+    model_name: str,
+    image_size: int,
+    vocab_size: int,
+    max_tokens: int,
+    answer_rows: list[dict[str, str | int]],
+    tokenizer_file: str,
+) -> dict[str, bytes]:
+    """Name → content of the files: model and sizes, answer list, sentencepiece model."""
+    config = {
+        "family": "beit3",
+        "task": task,
+        "model": model_name,
+        "image_size": image_size,
+        "vocab_size": vocab_size,
+        "num_answers": len(answer_rows),
+        "num_max_bpe_tokens": max_tokens,
+    }
+    return {
+        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
+        ANSWER_FILE: "".join(json.dumps(row) + "\n" for row in answer_rows).encode(),
+        TOKENIZER_FILE: Path(tokenizer_file).read_bytes(),
+    }

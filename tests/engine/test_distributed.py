@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine import distributed
+from engine.distributed import Placement, placement_from_environment
+from engine.errors import EngineError
+from tests.helpers import run_in_processes
+
+VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
+OPENMPI = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
+VARIABLES += [*OPENMPI, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "placement"),
+    [
+        ({}, None),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Placement(3, 4, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Placement(0, 1, 0)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            Placement(1, 2, 1),
+        ),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, Placement(5, 8, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, None),  # an interactive allocation
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, Placement(0, 2, 0)),
+    ],
+)
+def test_the_launcher_s_variables_say_where_a_process_stands(monkeypatch, variables, placement):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert placement_from_environment() == placement
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "torchrun start is incomplete: RANK is not set"),
+        ({"RANK": "0"}, "torchrun start is incomplete: WORLD_SIZE is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 must lie in \[0, WORLD_SIZE=2\)"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, r"RANK=-1 must lie in"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "must be integers"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not set: start with torchrun"),
+    ],
+)
+def test_an_incomplete_start_is_refused_with_the_variable_named(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError, match=message):
+        distributed.init("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", ""])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(EngineError, match="--device must be auto, cuda, cuda:N or cpu"):
+        distributed.init(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_refused_and_auto_takes_the_cpu():
+    with pytest.raises(EngineError, match="no CUDA device is visible here; give --device cpu"):
+        distributed.init("cuda")
+    assert distributed.init("auto") == torch.device("cpu")
+
+
+def test_everything_works_alone():
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.gather_objects("x") == ["x"]
+    assert distributed.broadcast_object("x") == "x"
+    assert distributed.all_reduce_(torch.ones(2)).tolist() == [1, 1]
+    distributed.barrier()
+    distributed.raise_together(None)
+    with pytest.raises(KeyError):
+        distributed.raise_together(KeyError("own"))
+    distributed.shutdown()
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    alone = distributed.cores_per_process()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))
+    assert alone >= 1
+    assert distributed.cores_per_process() == 1
+
+
+def _use_a_group(rank: int, folder: str) -> None:
+    assert distributed.init("cpu") == torch.device("cpu")  # the group of the caller is used as it is
+    assert (distributed.rank(), distributed.world_size()) == (rank, 2)
+    reduced = distributed.all_reduce_(torch.tensor([rank + 1.0]))
+    largest = distributed.all_reduce_(torch.tensor([rank + 1.0]), "max")
+    result = [
+        distributed.gather_objects(rank),
+        distributed.broadcast_object(f"of {rank}"),
+        reduced.item(),
+        largest.item(),
+    ]
+    try:
+        distributed.raise_together(EngineError("rank 1 has no data") if rank == 1 else None)
+    except EngineError as error:
+        result.append(str(error))
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    distributed.shutdown()
+    assert dist.is_initialized()  # and it stays theirs
+
+
+def test_two_processes_agree_and_fail_together(tmp_path):
+    run_in_processes(_use_a_group, 2, str(tmp_path))
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert zero == [[0, 1], "of 0", 3.0, 2.0, "rank 1: rank 1 has no data"]
+    assert one == [[0, 1], "of 0", 3.0, 2.0, "rank 1 has no data"]
+
+
+def _join_by_environment(rank: int, port: int) -> None:
+    dist.destroy_process_group()
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    distributed.init("cpu", timeout_s=60)
+    assert distributed.gather_objects(rank) == [0, 1]
+    distributed.barrier()
+    distributed.shutdown()
+    assert not dist.is_initialized()
+    os._exit(0)  # the helper would look for its own group
+
+
+def test_processes_join_by_the_launcher_s_variables_and_leave():
+    run_in_processes(_join_by_environment, 2, distributed.free_port())

@@ -1,0 +1,127 @@
+import argparse
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.errors import EngineError
+from engine.weights import FOLDER_FILES, load_torch_file, read_state_dict
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
+
+
+def assert_is_state(state):
+    assert state.keys() == STATE.keys()
+    for name, value in STATE.items():
+        assert state[name].dtype == value.dtype
+        assert torch.equal(state[name], value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("content", [STATE, {"model": STATE}, {"module": STATE}, {"model": STATE, "module": {}}])
+def test_a_state_dict_is_found_bare_or_under_its_key_in_either_format(tmp_path, content, legacy):
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    assert_is_state(read_state_dict(tmp_path / "w.pth"))
+
+
+def test_another_key_can_be_given(tmp_path):
+    torch.save({"model": {"x": torch.ones(1)}, "ema": STATE}, tmp_path / "w.pth")
+    assert_is_state(read_state_dict(tmp_path / "w.pth", model_key="absent|ema|model"))
+
+
+def test_safetensors_and_shards_of_both_kinds_are_read(tmp_path):
+    save_file({"a.weight": STATE["a.weight"]}, tmp_path / "one.safetensors")
+    torch.save({"a.bias": STATE["a.bias"]}, tmp_path / "two.bin")
+    names = {"a.weight": "one.safetensors", "a.bias": "two.bin"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert_is_state(read_state_dict(tmp_path / "model.safetensors.index.json"))
+    assert_is_state(read_state_dict(tmp_path))
+
+
+def test_a_folder_gives_its_first_known_file(tmp_path):
+    for name in reversed(FOLDER_FILES[:3]):
+        state = {"from": torch.tensor([FOLDER_FILES.index(name)])}
+        save_file(state, tmp_path / name) if name.endswith(".safetensors") else torch.save(state, tmp_path / name)
+        assert read_state_dict(tmp_path)["from"].item() == FOLDER_FILES.index(name)
+
+
+def test_the_harmless_objects_of_the_originals_load(tmp_path):
+    content = {"model": STATE, "args": argparse.Namespace(lr=1.0), "best": np.float64(3.5), "ids": np.arange(3)}
+    torch.save(content, tmp_path / "w.pth")
+    assert_is_state(read_state_dict(tmp_path / "w.pth"))
+    assert load_torch_file(tmp_path / "w.pth")["best"] == 3.5
+
+
+def test_a_whole_pickled_module_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth")
+    with pytest.raises(EngineError, match=r"w.pth is refused: .*\(torch.nn.modules.linear.Linear\); .*state dict"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not a state dict"),
+        ({"epoch": 3, "lr": 0.1}, r"holds no named tensors \(its keys: epoch, lr\): give the key .* --model_key"),
+        ({}, "holds no named tensors .its keys: nothing"),
+        ({"model": 3}, "holds a int, not a state dict"),
+    ],
+)
+def test_a_file_without_named_tensors_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(EngineError, match=message):
+        read_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"x": "../secret.bin"}}, "shards must lie beside their index"),
+        ({"weight_map": {"x": "/etc/passwd"}}, "shards must lie beside their index"),
+        ({"weight_map": {"x": "absent.bin"}}, "needs the shard absent.bin, which is not in"),
+        ({"weight_map": {"x": "list.bin"}}, "list.bin is no shard of weights"),
+        ({"weights": {}}, "is not a shard index"),
+        ([], "is not a shard index"),
+    ],
+)
+def test_a_bad_shard_index_is_refused(tmp_path, index, message):
+    torch.save([1], tmp_path / "list.bin")
+    (tmp_path / "m.index.json").write_text(json.dumps(index))
+    with pytest.raises(EngineError, match=message):
+        read_state_dict(tmp_path / "m.index.json")
+
+
+def test_a_missing_file_and_a_folder_without_weights_are_named(tmp_path):
+    with pytest.raises(EngineError, match="no checkpoint at .*absent.pth"):
+        read_state_dict(tmp_path / "absent.pth")
+    with pytest.raises(EngineError, match="holds no weights: looked for model.pth"):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_any_damage_is_an_error_of_ours_or_harmless(tmp_path, kind):
+    """Cut off, bit-flipped and overwritten files: never a foreign exception, so never a traceback."""
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        save_file(STATE, path)
+    else:
+        torch.save({"model": STATE}, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, draw, harmless = path.read_bytes(), random.Random(1), 0
+    for trial in range(200):
+        damaged = bytearray(whole)
+        if trial % 3 == 0:
+            damaged = damaged[: draw.randrange(1, len(whole))]
+        elif trial % 3 == 1:
+            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        else:
+            start = draw.randrange(len(whole))
+            damaged[start : start + 20] = draw.randbytes(20)
+        path.write_bytes(damaged)
+        with contextlib.suppress(EngineError):
+            read_state_dict(path)
+            harmless += 1
+    assert harmless < 140
