@@ -179,7 +179,7 @@ def _bad_line(where: str, raw: bytes, error: Exception) -> str:
     if not raw.endswith(b"\n"):
         return f"{where}: the last line is cut off ({error}): make the file again"
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-    return f"{where}: not JSON ({reason})"
+    return f"{where}: not JSON ({reason}): mend or remove the line"
 
 
 def _not_utf8(where: str, content: bytes) -> str:

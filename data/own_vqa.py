@@ -92,7 +92,10 @@ def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> Answer
             counts.update(map(own_answer, _answers(row, where) or ()))
     kept = [answer for answer, count in counts.items() if count >= min_count]
     if not kept:
-        raise DataError(f"no answer stands {min_count} times in {', '.join(names)}: add answers or lower the count")
+        raise DataError(
+            f"no question in {', '.join(names)} has answers (wanted: {min_count} of one at least): "
+            f"training needs lines such as {SCHEMA}"
+        )
     return AnswerVocabulary(kept, source=", ".join(names))
 
 

@@ -32,7 +32,7 @@ SPLIT_FILES = {  # what training and evaluation read
 }
 # questions without a known answer: the reference's files leave them out, the official accuracy counts them
 UNLABELLED_FILES = {"val": "vqa.rest_val.unlabelled.jsonl", "val2014": "vqa.val.unlabelled.jsonl"}
-# no line is no error: all of val is rest_val while it has at most 1000 images, and every question may have a known answer
+# files without lines are no error: val may have at most 1000 images, and every question a known answer
 MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", *UNLABELLED_FILES.values())
 ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
 ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
@@ -396,7 +396,9 @@ def read_vqa_index(
         if record.question_id in seen:
             raise DataError(f"{path}:{number}: question id {record.question_id} stands twice: {ADVICE}")
         if require_labels and not record.labels:
-            raise DataError(f"{path}:{number}: question {record.question_id} has no labels, training data need them")
+            raise DataError(
+                f"{path}:{number}: question {record.question_id} has no labels, training data need them: {ADVICE}"
+            )
         seen.add(record.question_id)
         records.append(record)
     return records
@@ -465,7 +467,7 @@ def read_vqav2_split(
         split: a key of ``SPLIT_FILES``.
         num_answers: see ``read_vqa_index``.
         vocab_size: see ``read_vqa_index``.
-        with_unlabelled: for val and val2014, add the questions without a known answer, which the official accuracy counts.
+        with_unlabelled: for val and val2014, add the questions without a known answer (for the official accuracy).
 
     Raises:
         DataError: unknown split, and as ``read_vqa_index``; also if two files share a question id.

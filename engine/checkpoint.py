@@ -266,6 +266,11 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
 
 def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | None:
     if resume and resume != "latest":
+        if not (Path(resume) / MANIFEST).is_file():
+            raise EngineError(
+                f"--resume {resume}: no checkpoint folder of a run there (it would have a {MANIFEST}); "
+                "give one, or 'latest' for the newest of --output_dir"
+            )
         return Path(resume)
     newest, skipped = find_newest(output_dir)
     for line in skipped:

@@ -9,7 +9,8 @@
 #   QUICKSTART_DIR      quickstart
 #   QUICKSTART_TRAIN    3000 train images, six questions each (QUICKSTART_VAL 300, QUICKSTART_TEST 300)
 #   QUICKSTART_EPOCHS   the recipe's, see scripts/beit3_args.py
-#   SEED                0: other scenes and other start weights
+#   SEED                0; another one gives other scenes and other start weights
+#   NPROC_PER_NODE      1 training process
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -105,8 +106,8 @@ echo "== environment"
 make_environment requirements.txt
 times+=("$(printf '%-28s %6d s' environment "$SECONDS")")
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# For a network this small one thread that computes and one process that decodes pictures fill two cores best: two
-# threads wait for each other.
+# One thread computes, and on two cores one process beside it reads pictures. Two computing threads were far slower where
+# other programs also wanted the cores: in a network this small they mostly wait for each other.
 processes=${NPROC_PER_NODE:-1}
 num_workers=$((cores > 2 ? 2 : cores - 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

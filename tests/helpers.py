@@ -35,7 +35,9 @@ def run_in_processes(function: Callable[..., None], world_size: int, *arguments:
         mp.start_processes(_enter, (function, world_size, store, arguments), nprocs=world_size, start_method="spawn")
 
 
-def run_program(*command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+def run_program(
+    *command: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
     """Run one of our programs as a user would, with this interpreter and one thread."""
     return subprocess.run(
         [sys.executable, *command],

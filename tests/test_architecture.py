@@ -101,7 +101,9 @@ def test_flags_stay_above_the_rooms():
 def test_the_environment_is_read_in_one_place():
     for path in python_files(*ROOMS):
         text = path.read_text(encoding="utf-8")
-        assert not ("os.environ" in text or "getenv" in text) or str(path.relative_to(ROOT)) in ENVIRONMENT_READERS, path
+        assert not ("os.environ" in text or "getenv" in text) or str(path.relative_to(ROOT)) in ENVIRONMENT_READERS, (
+            path
+        )
 
 
 def test_checkpoints_are_unpickled_in_one_place_and_safely():

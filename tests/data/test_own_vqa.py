@@ -70,7 +70,7 @@ def test_the_answer_list_counts_over_all_files_in_order_of_appearance(tmp_path):
 
 
 def test_an_answer_list_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="no answer stands 2 times in .*own.jsonl"):
+    with pytest.raises(DataError, match=r"no question in .*own.jsonl has answers \(wanted: 2 of one"):
         build_answer_list([own_file(tmp_path, ROW)], min_count=2)
 
 
