@@ -284,7 +284,7 @@ def test_training_reads_train_and_trainable_val(tmp_path, tokenizer):
 
 
 def test_an_unknown_split_lists_the_known_ones(tmp_path):
-    with pytest.raises(DataError, match="unknown split 'dev': choose from train, val, test, test-dev"):
+    with pytest.raises(DataError, match="unknown split 'dev': choose from train, val, val2014, test, test-dev"):
         read_vqav2_split(tmp_path, "dev")
 
 
