@@ -55,7 +55,7 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
         "batch_size": 32,
         "lr": 5e-4,
         "clip_grad": 1.0,
-        "epochs": 12,
+        "epochs": 10,
         "warmup_epochs": 0.3,
         "drop_path": 0.0,
         "weight_decay": 0.05,

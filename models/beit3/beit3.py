@@ -359,8 +359,15 @@ def init_beit3_weights(model: nn.Module, start: StartValues) -> None:
         if isinstance(module, nn.Linear):
             init_linear_truncated_(module, std=start.linear, bound=start.linear)
         elif isinstance(module, nn.Embedding):
-            words = start.words or module.embedding_dim**-0.5
-            nn.init.normal_(module.weight, std=start.positions if "embed_positions" in name else words)
+            nn.init.normal_(module.weight, std=_embedding_deviation(name, module.embedding_dim, start))
+
+
+def _embedding_deviation(name: str, width: int, start: StartValues) -> float:
+    if name.endswith("embed_positions.A"):
+        return start.image_positions
+    if name.endswith("embed_positions.B"):
+        return start.text_positions
+    return start.words or width**-0.5
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -34,7 +34,8 @@ class StartValues:
     """
 
     linear: float = 0.02  # cut off at one deviation
-    positions: float = 1.0
+    image_positions: float = 1.0
+    text_positions: float = 1.0
     words: float | None = None  # None: width^-0.5
 
 
@@ -104,7 +105,9 @@ class _Size:
 
 MODELS = {
     # not published: the size of the quick start, from random weights; nine patches, one for each cell of a drawn scene
-    "beit3_tiny_patch32": _Size(96, 3, 4, 32, {}, StartValues(linear=0.16, words=0.5)),
+    "beit3_tiny_patch32": _Size(
+        96, 3, 4, 32, {}, StartValues(linear=0.16, image_positions=2.0, text_positions=0.3, words=0.5)
+    ),
     "beit3_base_patch16": _Size(
         768,
         12,

@@ -20,7 +20,7 @@ def tiny_beit3():
     torch.manual_seed(0)
     config = BEiT3Config(
         image_size=16, patch_size=8, embed_dim=16, num_layers=2, num_heads=2, mlp_ratio=2, vocab_size=30,
-        max_text_positions=16, start=StartValues(positions=0.3),
+        max_text_positions=16, start=StartValues(image_positions=0.3, text_positions=0.3),
     )  # fmt: skip
     return BEiT3ForVisualQuestionAnswering(config, 5)
 

@@ -22,7 +22,7 @@ def trunk(*, checkpoint_activations: bool = False, **changes: object) -> BEiT3:
     torch.manual_seed(0)
     config = BEiT3Config(**{"image_size": IMAGE, **SIZES, **changes})
     model = BEiT3(config, checkpoint_activations=checkpoint_activations)
-    init_beit3_weights(model, StartValues(positions=0.5))
+    init_beit3_weights(model, StartValues(image_positions=0.5, text_positions=0.5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
