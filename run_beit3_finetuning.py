@@ -19,13 +19,14 @@ if __name__ == "__main__":
 import torch
 
 from data.tokenizers.spm import XLMRTokenizer
+from data.vqa_answers import AnswerVocabulary
 from engine import distributed
 from engine.backend import TorchBackend, resolve_precision
-from engine.checkpoint import prepare_run_folder
 from engine.ema import ModelEMA
-from engine.log import RunLog, peak_mib, say
-from engine.loop import RunPlan, fit
+from engine.log import RunLog, predicted_time, say
+from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
+from engine.run_folder import prepare_run_folder
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
 from scripts import beit3_vqa
@@ -33,9 +34,12 @@ from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
 from scripts.program import run
 
+# --task → module with load_labels, train_and_val_loaders, loss_fn, evaluate and run_evaluation
+TASKS = {"vqav2": beit3_vqa}
+
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, then evaluate or train."""
+    """Start, build the model, then evaluate or train."""
     args = parse_args(argv)
 
     # ---- 1. processes, device, seed ----
@@ -55,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
             output_dir, resume=args.resume, auto_resume=args.auto_resume, training=not args.eval
         )
 
-    # ---- 2. text and answers ----
+    # ---- 2. task: text and labels ----
+    task = TASKS[args.task]
     tokenizer = XLMRTokenizer(args.sentencepiece_model)
-    answers = beit3_vqa.load_answers(args)
+    answers = task.load_labels(args)
 
     # ---- 3. model and weights ----
     choice = ModelChoice(
@@ -78,19 +83,31 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         compile_layers(model)
 
-    # ---- 4. evaluation only ----
+    # ---- 4. evaluate or train ----
     if args.eval:
-        image_size = model.config.image_size
-        beit3_vqa.run_evaluation(
-            args, model, tokenizer, answers, image_size=image_size, device=device, autocast=autocast
-        )
-        distributed.barrier()
-        distributed.shutdown()
-        return
+        task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast)
+    else:
+        train(args, model, tokenizer, answers, device, dtype, output_dir, resume_from)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def train(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    tokenizer: XLMRTokenizer,
+    answers: AnswerVocabulary,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    output_dir: Path | None,
+    resume_from: Path | None,
+) -> None:
+    """Data, optimizer, schedule, then the one loop."""
+    task = TASKS[args.task]
 
     # ---- 5. data ----
-    train_loader, val_loader = beit3_vqa.train_and_val_loaders(
-        args, tokenizer, answers, model.config.image_size, device
+    train_loader, val_loader = task.train_and_val_loaders(
+        args, tokenizer, answers, image_size=model.config.image_size, device=device
     )
     steps_per_epoch = train_loader.steps_per_epoch
 
@@ -133,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         "parameter_groups": describe_groups(groups, args.lr),
     }
     say(json.dumps(facts, indent=2))
+    # a checkpoint that does not fit ends the run here, before anything of the run before is touched
+    position = None if resume_from is None else resume_position(backend, train_loader, resume_from)
     log = RunLog(output_dir, Path(args.log_dir) if args.log_dir else None)
     log.write_run({key: value for key, value in vars(args).items() if key != "notes"}, facts)
     keep = checkpoint_files(
@@ -157,25 +176,25 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # ---- 8. train ----
-    validate = partial(beit3_vqa.evaluate, device=device, autocast=autocast)
+    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
+    validate = partial(task.evaluate, device=device, autocast=autocast)
     position = fit(
         backend,
         train_loader,
-        beit3_vqa.loss_fn,
+        task.loss_fn,
         schedule,
         plan,
         log,
         evaluate=None if args.dry_run or val_loader is None else validate,
         val_loader=val_loader,
-        resume_from=resume_from,
+        position=position,
     )
     if args.dry_run:
-        say(f"dry run: two steps taken, nothing written; peak memory {peak_mib(device):.0f} MiB")
+        say(predicted_time(facts["total_steps"], log.seconds_per_step, device))
+        say("dry run: two steps taken, nothing written")
     else:
         best = "" if position.best is None else f"; best validation score {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}; results in {output_dir}")
-    distributed.barrier()
-    distributed.shutdown()
 
 
 def choose_rule(args: argparse.Namespace, model: torch.nn.Module) -> LRRule | None:

@@ -14,8 +14,8 @@ from data.collate import pad_tokens
 from data.errors import DataError
 from data.files import resolve_inside
 from data.images import load_image
-from data.own_vqa import VQARecord
 from data.tokenizers.spm import XLMRTokenizer
+from data.vqa_index import VQARecord
 
 NUM_SHOWN = 5  # missing images named in the message
 ImageTransform = Callable[[Any, np.random.Generator], Tensor]

@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.files import check_relative, iterate_jsonl
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, normalize_answer, soft_score
-from data.vqav2 import VQARecord, parse_index_line
+from data.vqa_index import VQARecord, parse_index_line
 
 OWN_KEYS = {"image", "question", "answers", "question_id"}
 SCHEMA = '{"image": "photos/1.jpg", "question": "what is it?", "answers": ["dog"]}'

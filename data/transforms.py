@@ -10,6 +10,7 @@ of the values and takes an eighth of the time (``exact=True`` brings Pillow back
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -122,9 +123,14 @@ def normalize(
     Returns:
         (..., 3, H, W).
     """
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device)[:, None, None]
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device)[:, None, None]
+    shift, scale = _per_channel(tuple(mean), images.device), _per_channel(tuple(std), images.device)
     return images.to(torch.float32).div_(255).sub_(shift).div_(scale).to(dtype)
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Constants on a device, kept there: copying them at every step would wait for the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def draw_crop(height: int, width: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -1,86 +1,45 @@
-"""VQA v2: official files to index files (BEiT-3's format), index files to records.
+"""VQA v2: official files to index files, BEiT-3's format (``data/vqa_index.py`` reads them).
 
 Source: the index builder of BEiT-3's VQAv2 dataset. Departures: images are taken in sorted order and the 1000 images of
 rest_val by a seeded rule, so that two builds are equal byte for byte; the val questions without a known answer, which
 the original drops, are kept beside (``*.unlabelled.jsonl``), since the official accuracy counts them.
 """
 
-import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
-from typing import Any, TextIO
+from typing import Any
 
 from data.errors import DataError
-from data.files import check_relative, iterate_jsonl, open_atomic, read_json
+from data.files import read_json
+from data.index_writer import IndexSummary, IndexWriter
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, soft_targets
+from data.vqa_index import ANSWER_FILE, MAY_BE_EMPTY
 
-ANSWER_FILE = "answer2label.txt"
-SPLIT_FILES = {  # what training and evaluation read
-    "train": ("vqa.train.jsonl", "vqa.trainable_val.jsonl"),
-    "val": ("vqa.rest_val.jsonl",),
-    "val2014": ("vqa.val.jsonl",),
-    "test": ("vqa.test.jsonl",),
-    "test-dev": ("vqa.test-dev.jsonl",),
-}
-# questions without a known answer: the reference's files leave them out, the official accuracy counts them
-UNLABELLED_FILES = {"val": "vqa.rest_val.unlabelled.jsonl", "val2014": "vqa.val.unlabelled.jsonl"}
-# files without lines are no error: val may have at most 1000 images, and every question a known answer
-MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", *UNLABELLED_FILES.values())
-ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
 ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
 IMAGE_PLACES = ("", "images")
 QUESTION_FILE = "v2_OpenEnded_mscoco_{}_questions.json"
 ANSWERS_FILE = "v2_mscoco_{}_annotations.json"
 TRAIN, VAL, TEST = "train2014", "val2014", "test2015"
 TEST_SPLITS = (("test", TEST), ("test-dev", "test-dev2015"))  # both ask about the images of test2015
-ONLY_INT = frozenset((int,))
-NUMBERS = frozenset((int, float))
 
 Progress = Callable[[Iterable, str], Iterable]
 
 
-@dataclass(frozen=True, slots=True)
-class VQARecord:
-    """One question; the tuples are shared between records that have the same content.
-
-    Attributes:
-        image_path: relative to the data folder.
-        tokens: ids of the question without begin and end.
-        labels: labels of the known answers; empty where there is none or the split has no answers.
-        scores: in [0, 1], parallel to ``labels``.
-        question_id: the data set's own number.
-    """
-
-    image_path: str
-    tokens: tuple[int, ...]
-    labels: tuple[int, ...]
-    scores: tuple[float, ...]
-    question_id: int
-
-
 @dataclass
-class IndexSummary:
-    """What a build found, wrote and left out.
+class VQAIndexSummary(IndexSummary):
+    """The counts of a build, with the size of the answer list.
 
     Attributes:
-        found: (what, where) of each input.
-        num_lines: lines of each file written, by name.
         num_answers: size of the answer list.
-        notes: what was left out and why, a sentence each.
     """
 
-    found: list[tuple[str, str]] = field(default_factory=list)
-    num_lines: dict[str, int] = field(default_factory=dict)
     num_answers: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def build_vqav2_index(
@@ -93,7 +52,7 @@ def build_vqav2_index(
     min_answer_count: int = 9,
     num_rest_val_images: int = 1000,
     progress: Progress = lambda items, _: items,
-) -> IndexSummary:
+) -> VQAIndexSummary:
     """Write the index files ``vqa.*.jsonl`` and ``answer2label.txt`` from the official files of VQA v2.
 
     Only questions whose image is in its folder are written, ordered by image name, then as in the question file.
@@ -120,7 +79,7 @@ def build_vqav2_index(
     output_path = Path(output_path) if output_path else data_path
     if num_rest_val_images < 1:
         raise DataError(f"the number of rest_val images must be at least 1, got {num_rest_val_images}")
-    summary = IndexSummary()
+    summary = VQAIndexSummary()
     splits = {name: _read_split(name, data_path, annotation_path, summary) for name in (TRAIN, VAL)}
     vocabulary = AnswerVocabulary.from_annotations(
         (answer for split in splits.values() for answer in split.multiple_choice_answers), min_answer_count
@@ -129,7 +88,7 @@ def build_vqav2_index(
     encode = _QuestionEncoder(tokenizer)
 
     with ExitStack() as stack:
-        writer = _IndexWriter(stack, output_path, summary.num_lines)
+        writer = IndexWriter(stack, output_path, summary.num_lines)
         for row in vocabulary.rows():
             writer.write(ANSWER_FILE, row)
         writer.open("vqa.train.jsonl", "vqa.val.jsonl", "vqa.rest_val.jsonl", *MAY_BE_EMPTY)
@@ -225,33 +184,6 @@ class _QuestionEncoder:
                 raise DataError(f"{where}: the question {text!r} has no tokens; every question needs a text")
             self._known[text] = tokens
         return tokens
-
-
-class _IndexWriter:
-    """The files of one build, opened by ``open`` or their first line, renamed together when the stack closes."""
-
-    def __init__(self, stack: ExitStack, folder: Path, num_lines: dict[str, int]) -> None:
-        self._stack, self._folder, self._num_lines = stack, folder, num_lines
-        self._files: dict[str, TextIO] = {}
-
-    def open(self, *names: str) -> None:
-        for name in names:
-            try:
-                self._files[name] = self._stack.enter_context(open_atomic(self._folder / name))
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-                raise DataError(
-                    f"cannot write {self._folder / name} ({error.strerror}): make a folder of your own with links to "
-                    "train2014, val2014, test2015 and give it as --data_path"
-                ) from None
-            self._num_lines[name] = 0
-
-    def write(self, name: str, row: dict[str, Any]) -> None:
-        if name not in self._files:
-            self.open(name)
-        self._files[name].write(json.dumps(row) + "\n")
-        self._num_lines[name] += 1
 
 
 def _rest_val_images(image_ids: list[int], seed: int, num_images: int) -> set[int]:
@@ -367,121 +299,3 @@ def _list_images(data_path: Path, split: str) -> tuple[str, dict[int, str]]:
             )
         images[int(digits)] = name
     return folder, images
-
-
-def read_vqa_index(
-    path: str | Path,
-    num_answers: int | None = None,
-    vocab_size: int | None = None,
-    require_labels: bool = False,
-    allow_empty: bool = False,
-) -> list[VQARecord]:
-    """Read one index file.
-
-    Args:
-        path: ``vqa.*.jsonl``.
-        num_answers: size of the answer list; labels must be below it.
-        vocab_size: token ids must be below it.
-        require_labels: a line without labels is an error (training data).
-        allow_empty: a file without lines is an error unless this is set.
-
-    Raises:
-        DataError: a wrong key, type, range or length, or a question id that stands twice; file and line are named.
-    """
-    records: list[VQARecord] = []
-    seen: set[int] = set()
-    shared: dict[Any, Any] = {}
-    for number, row in iterate_jsonl(path, advice=ADVICE, allow_empty=allow_empty):
-        record = parse_index_line(row, shared, num_answers, vocab_size, lambda n=number: f"{path}:{n}")
-        if record.question_id in seen:
-            raise DataError(f"{path}:{number}: question id {record.question_id} stands twice: {ADVICE}")
-        if require_labels and not record.labels:
-            raise DataError(
-                f"{path}:{number}: question {record.question_id} has no labels, training data need them: {ADVICE}"
-            )
-        seen.add(record.question_id)
-        records.append(record)
-    return records
-
-
-def parse_index_line(
-    row: dict, shared: dict, num_answers: int | None, vocab_size: int | None, where: Callable[[], str]
-) -> VQARecord:
-    """Check one index line; ``shared`` collects the strings and tuples that several records have in common."""
-    try:
-        path, tokens, labels, scores, qid = (
-            row["image_path"], row["text_segment"], row["labels"], row["scores"], row["qid"],
-        )  # fmt: skip
-    except KeyError as error:
-        raise DataError(f"{where()}: the key {error} is missing, this is no VQA index line: {ADVICE}") from None
-    if type(path) is not str or path not in shared:
-        shared[check_relative(path, where())] = path
-    if type(qid) is not int:
-        raise DataError(f"{where()}: qid must be a whole number, got {qid!r:.80}")
-    if _not_of(ONLY_INT, tokens) or min(tokens, default=0) < 0 or (vocab_size and max(tokens, default=0) >= vocab_size):
-        raise DataError(f"{where()}: {_out_of_range('text_segment', tokens, vocab_size, 'vocabulary')}")
-    if not tokens:
-        raise DataError(f"{where()}: text_segment is empty; every question needs a text")
-    if (
-        _not_of(ONLY_INT, labels)
-        or min(labels, default=0) < 0
-        or (num_answers and max(labels, default=0) >= num_answers)
-    ):
-        raise DataError(f"{where()}: {_out_of_range('labels', labels, num_answers, 'answer list')}")
-    if len(labels) > 1 and len(set(labels)) < len(labels):
-        raise DataError(f"{where()}: a label stands twice in {labels!r:.120}")
-    if type(scores) is not list or len(scores) != len(labels):
-        raise DataError(f"{where()}: scores must be a list as long as labels ({len(labels)}), got {scores!r:.80}")
-    if _not_of(NUMBERS, scores) or min(scores, default=0) < 0 or max(scores, default=0) > 1:
-        raise DataError(f"{where()}: a score must be a number in [0, 1], got {scores!r:.80}")
-    tokens, labels, scores = tuple(tokens), tuple(labels), tuple(map(float, scores))
-    # (1,) and (1.0,) are equal keys, so scores are kept apart from labels
-    scores = shared.setdefault(("scores", scores), scores)
-    return VQARecord(shared[path], shared.setdefault(tokens, tokens), shared.setdefault(labels, labels), scores, qid)
-
-
-def _not_of(kinds: frozenset[type], values: Any) -> bool:
-    """Whether this is anything but a list of these types (true and false, which count as int elsewhere, are not)."""
-    return type(values) is not list or not kinds.issuperset(map(type, values))
-
-
-def _out_of_range(key: str, values: Any, limit: int | None, of: str) -> str:
-    if _not_of(ONLY_INT, values):
-        return f"{key} must be a list of whole numbers, got {values!r:.80}"
-    bound = f" and below {limit}, the size of the {of}" if limit else ""
-    bad = next(value for value in values if value < 0 or (limit and value >= limit))
-    return f"{key} must be at least 0{bound}, got {bad}: {ADVICE}, or give the matching file"
-
-
-def read_vqav2_split(
-    data_path: str | Path,
-    split: str,
-    num_answers: int | None = None,
-    vocab_size: int | None = None,
-    with_unlabelled: bool = False,
-) -> list[VQARecord]:
-    """Records of a split: train is train + trainable_val, val is rest_val, val2014 all of val.
-
-    Args:
-        data_path: folder of the index files.
-        split: a key of ``SPLIT_FILES``.
-        num_answers: see ``read_vqa_index``.
-        vocab_size: see ``read_vqa_index``.
-        with_unlabelled: for val and val2014, add the questions without a known answer (for the official accuracy).
-
-    Raises:
-        DataError: unknown split, and as ``read_vqa_index``; also if two files share a question id.
-    """
-    if split not in SPLIT_FILES:
-        raise DataError(f"unknown split {split!r}: choose from {', '.join(SPLIT_FILES)}")
-    names = SPLIT_FILES[split]
-    if with_unlabelled and split in UNLABELLED_FILES:
-        names += (UNLABELLED_FILES[split],)
-    parts = [
-        read_vqa_index(Path(data_path) / name, num_answers, vocab_size, split == "train", name in MAY_BE_EMPTY)
-        for name in names
-    ]
-    records = list(chain.from_iterable(parts))
-    if len({record.question_id for record in records}) < len(records):
-        raise DataError(f"the files {', '.join(names)} in {data_path} share question ids: {ADVICE}")
-    return records

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.ema import ModelEMA
 from engine.errors import EngineError
+from engine.log import say
 from engine.weights import load_torch_file, read_state_dict
 
 WEIGHTS_FILE = "model.pth"
@@ -25,7 +26,7 @@ class StepInfo:
     """What an optimizer step did; tensors stay on the device so that nobody waits for it at every step."""
 
     grad_norm: Tensor  # total L2 norm before clipping, scalar
-    loss_scale: Tensor | float
+    loss_scale: Tensor  # float32 scalar; 1 without a scaler
     skipped: Tensor  # bool scalar: the weights were left alone because something was not finite, on any process
     failed: Tensor  # bool scalar: skipped, and not merely by the loss scaler searching for its scale
 
@@ -71,7 +72,9 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # older devices emulate bfloat16, slower than float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise EngineError("--amp fp16 needs a CUDA device: on the CPU give --amp bf16 or --amp no")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
@@ -113,6 +116,7 @@ class TorchBackend:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._micro_batches = 0
         self._bad_loss = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)
         self.model: nn.Module = model
         if distributed.world_size() > 1:
             self.model = DistributedDataParallel(
@@ -146,7 +150,7 @@ class TorchBackend:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._update(skipped)
-        scale = self._scaler.get_scale() if self._scaler.is_enabled() else 1.0
+        scale = self._scaler.scale(self._one)  # get_scale() would wait for the device at every step
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._bad_loss = torch.zeros((), device=self.device)
@@ -154,7 +158,7 @@ class TorchBackend:
         if self.ema is not None:
             self.ema.update(self.unwrapped())
         # a scaler looks for its scale by overflowing now and then; only below 1 has it nowhere left to go
-        failed = bad_loss if self._scaler.is_enabled() and scale >= 1 else skipped
+        failed = torch.where(scale >= 1, bad_loss, skipped) if self._scaler.is_enabled() else skipped
         return StepInfo(grad_norm=grad_norm, loss_scale=scale, skipped=skipped, failed=failed)
 
     def _clip(self) -> Tensor:
@@ -197,7 +201,8 @@ class TorchBackend:
         """Restore a folder that ``save`` wrote; every process reads it."""
         _load_matching(self.unwrapped().load_state_dict, read_state_dict(folder / WEIGHTS_FILE), folder)
         state = load_torch_file(folder / STATE_FILE)
-        _load_matching(self.optimizer.load_state_dict, state["optimizer"], folder)
+        _load_matching(self._load_optimizer, state["optimizer"], folder)
+        self._say_replaced(state["optimizer"], folder)
         if self._scaler.is_enabled() and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -205,6 +210,28 @@ class TorchBackend:
                 raise EngineError(f"{folder} has no moving average: resume without --model_ema or start anew")
             self.ema.load_state_dict(read_state_dict(folder / EMA_FILE))
         return state["extra"]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take the moments of the same groups; decay, rates' scales, betas and the like stay this run's own."""
+        names, saved_names = ([group.get("name") for group in groups] for groups in self._both_groups(state))
+        if names != saved_names:
+            raise ValueError(f"its parameter groups are {saved_names}, here {names}")
+        settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+    def _say_replaced(self, state: dict[str, Any], folder: Path) -> None:
+        changes: dict[str, str] = {}  # the first group that differs stands for all
+        for own, saved in zip(*self._both_groups(state), strict=True):
+            for key in ("weight_decay", "lr_scale", "betas", "eps"):
+                if key in own and own[key] != saved.get(key):
+                    changes.setdefault(key, f"{key} {own[key]} instead of {saved.get(key)}")
+        if changes:
+            say(f"note: goes on from {folder} with this run's settings: {', '.join(changes.values())}")
+
+    def _both_groups(self, state: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return self.optimizer.param_groups, state["param_groups"]
 
 
 def _load_matching(load: Callable[[Any], Any], state: Any, folder: Path) -> None:

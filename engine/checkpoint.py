@@ -17,12 +17,12 @@ import torch
 from engine import distributed
 from engine.backend import Backend
 from engine.errors import EngineError, RunError
-from engine.log import say
 from engine.weights import load_torch_file
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
-_TEMPORARY = ".writing-"
+BEST = "checkpoint-best"
+TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
 
 
 def save_checkpoint(
@@ -43,13 +43,16 @@ def save_checkpoint(
     Raises:
         RunError: the disk is full or not writable; what was there before is untouched.
     """
-    final, temporary = output_dir / name, output_dir / f"{_TEMPORARY}{name}"
+    final, temporary = output_dir / name, output_dir / f"{TEMPORARY}{name}"
     error: OSError | RuntimeError | None = None
-    try:
-        if distributed.is_main():
+    if distributed.is_main():
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-        distributed.barrier()
+        except OSError as raised:
+            error = raised
+    _agree(error, final)  # also tells the others that the folder is there
+    try:
         backend.save(temporary, extra)
         torch.save(_random_state(), temporary / f"rng-rank{distributed.rank()}.pth")
         for file_name, content in (copy_files or {}).items() if distributed.is_main() else ():
@@ -60,20 +63,29 @@ def save_checkpoint(
     if failures:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"could not write {final} ({failures[0].splitlines()[0]}): older checkpoints are untouched; "
-            "free some space or choose another --output_dir, then run the same command again to go on"
-        )
+        raise RunError(_not_written(final, failures[0]))
     if distributed.is_main():
         try:
             _commit(temporary, final, extra)
         except OSError as raised:
             shutil.rmtree(temporary, ignore_errors=True)
             error = raised
+    _agree(error, final)
+    return final
+
+
+def _agree(error: Exception | None, final: Path) -> None:
+    """Raise on every process when the main process failed."""
     failure = distributed.broadcast_object(None if error is None else str(error))
     if failure:
-        raise RunError(f"could not write {final} ({failure}): older checkpoints are untouched; free some space")
-    return final
+        raise RunError(_not_written(final, failure))
+
+
+def _not_written(final: Path, failure: str) -> str:
+    return (
+        f"could not write {final} ({failure.splitlines()[0]}): older checkpoints are untouched; "
+        "free some space or choose another --output_dir, then run the same command again to go on"
+    )
 
 
 def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
@@ -86,7 +98,7 @@ def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
     _write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _flush(temporary)
     if final.exists():  # a folder cannot be replaced in one step: set the old one aside, never be without both
-        old = final.with_name(f"{_TEMPORARY}old-{final.name}")
+        old = final.with_name(f"{TEMPORARY}old-{final.name}")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         temporary.rename(final)
@@ -94,8 +106,8 @@ def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
     else:
         temporary.rename(final)
     _flush(final.parent)
-    if not final.name.endswith("-best"):
-        pointer = final.parent / f"{_TEMPORARY}{POINTER}"
+    if final.name != BEST:
+        pointer = final.parent / f"{TEMPORARY}{POINTER}"
         _write_text(pointer, final.name + "\n")
         pointer.replace(final.parent / POINTER)
         _flush(final.parent)
@@ -120,18 +132,33 @@ def check_manifest(folder: Path) -> str | None:
     return None
 
 
+def require_sound(folder: Path) -> None:
+    """Refuse a checkpoint folder that is absent or torn.
+
+    Raises:
+        EngineError: what is wrong with it.
+    """
+    problem = check_manifest(folder) if folder.is_dir() else "there is no such folder"
+    if problem:
+        raise EngineError(f"cannot resume from {folder}: {problem}; give another checkpoint by --resume")
+
+
 def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint of a run, and one line for each unsound one that was passed over."""
+    """The newest sound checkpoint of a run, and one line for each unsound one that was passed over.
+
+    The best one counts too, since it may be the newest of a run that seldom saves; of two of the same step the ordinary
+    one wins.
+    """
     candidates, skipped = [], []
     for folder in sorted(output_dir.glob("checkpoint-*")):
-        if not folder.is_dir() or folder.name.endswith("-best"):
+        if not folder.is_dir():
             continue
         try:
             step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["global_step"]
-            candidates.append((step, folder.name, folder))
+            candidates.append((step, folder.name != BEST, folder.name, folder))
         except (OSError, ValueError, KeyError, TypeError):
             skipped.append(f"{folder} is passed over: {check_manifest(folder)}")
-    for _, _, folder in sorted(candidates, reverse=True):
+    for *_, folder in sorted(candidates, reverse=True):
         problem = check_manifest(folder)
         if problem is None:
             return folder, skipped
@@ -142,13 +169,23 @@ def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     """Restore model, optimizer, scaler and this process's random state; returns the ``extra`` that was saved.
 
+    The main process alone verifies the checksums. Whatever fails on one process is raised on all.
+
     Raises:
-        EngineError: the folder is torn, or belongs to another number of processes.
+        EngineError: the folder is torn, or was written by a run of another model.
     """
-    problem = check_manifest(folder) if folder.is_dir() else "there is no such folder"
-    if problem:
-        raise EngineError(f"cannot resume from {folder}: {problem}; give another checkpoint by --resume")
-    extra = backend.load(folder)
+    error: EngineError | None = None
+    if distributed.is_main():
+        try:
+            require_sound(folder)
+        except EngineError as raised:
+            error = raised
+    distributed.raise_together(error)
+    try:
+        extra = backend.load(folder)
+    except EngineError as raised:
+        error = raised
+    distributed.raise_together(error)
     saved_world = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     extra["saved_world_size"] = saved_world
     random_file = folder / f"rng-rank{distributed.rank()}.pth"
@@ -157,12 +194,18 @@ def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     return extra
 
 
-def prune(output_dir: Path, keep: int) -> None:
-    """Remove the oldest epoch checkpoints beyond ``keep`` (0 keeps all) and mid-epoch ones that are not the newest."""
+def prune(output_dir: Path, keep: int, *, newest: str) -> None:
+    """Remove the oldest epoch checkpoints beyond ``keep`` (0 keeps all) and the mid-epoch ones.
+
+    Args:
+        output_dir: folder of the run.
+        keep: number of epoch checkpoints that stay.
+        newest: name of the checkpoint that has just been written; it stays in any case.
+
+    Raises:
+        RunError: a checkpoint cannot be removed.
+    """
     if not distributed.is_main():
-        return
-    newest, _ = find_newest(output_dir)
-    if newest is None:
         return
     epochs, steps = [], []
     for folder in output_dir.glob("checkpoint-*"):
@@ -175,16 +218,19 @@ def prune(output_dir: Path, keep: int) -> None:
     if keep > 0:
         doomed += [folder for _, folder in sorted(epochs)[:-keep]]
     for folder in doomed:
-        if folder != newest:
-            hidden = folder.with_name(f"{_TEMPORARY}old-{folder.name}")  # a stop in between leaves no torn folder
-            folder.rename(hidden)
+        if folder.name != newest:
+            hidden = folder.with_name(f"{TEMPORARY}old-{folder.name}")  # a stop in between leaves no torn folder
+            try:
+                folder.rename(hidden)
+            except OSError as error:
+                raise RunError(f"could not remove the old checkpoint {folder} ({error.strerror})") from None
             shutil.rmtree(hidden, ignore_errors=True)
 
 
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what an interrupted write left behind; call on the main process before a run starts."""
-    for path in output_dir.glob(f"{_TEMPORARY}*"):
-        old_name = path.name.removeprefix(f"{_TEMPORARY}old-")
+    for path in output_dir.glob(f"{TEMPORARY}*"):
+        old_name = path.name.removeprefix(f"{TEMPORARY}old-")
         if path.name != old_name and path.is_dir() and not (output_dir / old_name).exists():
             if check_manifest(path) is None:  # stopped between the two renames of a replacement
                 path.rename(output_dir / old_name)
@@ -226,64 +272,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, training: bool) -> Path | None:
-    """Make the output folder, tidy up after an interrupted run, and decide which checkpoint to go on from.
-
-    Args:
-        output_dir: folder of the run.
-        resume: ``--resume``: a checkpoint folder, ``latest`` for the newest sound one in ``output_dir``, or empty.
-        auto_resume: go on from the newest sound checkpoint when there is one.
-        training: False only makes the folder.
-
-    Returns:
-        Checkpoint folder, or None to start anew; the same on all processes.
-
-    Raises:
-        EngineError: the folder cannot be written, nothing to resume from, or a new run would mix with an old one.
-    """
-    error: EngineError | None = None
-    chosen: Path | None = None
-    if distributed.is_main():
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            probe = output_dir / f"{_TEMPORARY}probe"
-            probe.touch()
-            probe.unlink()
-            if training:
-                clear_leftovers(output_dir)
-                chosen = _choose_resume(output_dir, resume, auto_resume)
-        except OSError as raised:
-            error = EngineError(
-                f"--output_dir {output_dir} cannot be written ({raised.strerror}): choose another folder"
-            )
-        except EngineError as raised:
-            error = raised
-    distributed.raise_together(error)
-    return distributed.broadcast_object(chosen)
-
-
-def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | None:
-    if resume and resume != "latest":
-        if not (Path(resume) / MANIFEST).is_file():
-            raise EngineError(
-                f"--resume {resume}: no checkpoint folder of a run there (it would have a {MANIFEST}); "
-                "give one, or 'latest' for the newest of --output_dir"
-            )
-        return Path(resume)
-    newest, skipped = find_newest(output_dir)
-    for line in skipped:
-        say(line)
-    if resume == "latest" or auto_resume:
-        if newest is None and resume == "latest":
-            raise EngineError(
-                f"--resume latest: {output_dir} holds no sound checkpoint; leave --resume out to start anew"
-            )
-        return newest
-    if newest is not None:
-        raise EngineError(
-            f"--no_auto_resume: {output_dir} holds {newest.name} of another run; "
-            "choose another --output_dir, or remove it"
-        )
-    return None

@@ -5,7 +5,6 @@ This is the one file (beside the DeepSpeed backend) that reads environment varia
 """
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,12 +27,12 @@ class Placement:
     local_rank: int = 0
 
 
-# (rank, world size, local rank) of each launcher, in order of preference. Slurm sets its variables in any
-# interactive allocation, so one task there is not a distributed start.
+# (rank, world size, local rank) of each launcher, in order of preference. Slurm sets most of its variables in any
+# allocation and batch script; srun alone sets the number of tasks of a step, and one task is not a distributed start.
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 
 
@@ -80,9 +79,15 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
     placement = placement_from_environment()
     chosen = _choose_device(device, placement.local_rank if placement else None)
     if placement is not None and placement.world_size > 1 and not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if "MASTER_PORT" not in os.environ:
             raise EngineError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+        if "MASTER_ADDR" not in os.environ:
+            if not _all_here(placement.world_size):
+                raise EngineError(
+                    "MASTER_ADDR is not set, and not all processes are known to run on this machine: "
+                    "export MASTER_ADDR (the machine of rank 0), or start with torchrun"
+                )
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
         # objects and flags travel over gloo also beside NCCL, so that no collective needs the accelerator
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         try:
@@ -101,6 +106,13 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
             ) from None
         _started_here = True
     return chosen
+
+
+def _all_here(world_size: int) -> bool:
+    """Whether the launcher says that all processes are on this machine."""
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
+        return os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
+    return str(world_size) in (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
 
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:
@@ -144,12 +156,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 when alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def local_rank() -> int:
-    """Index of this process on its machine, 0 when alone."""
-    placement = placement_from_environment()
-    return placement.local_rank if placement else 0
 
 
 def cores_per_process() -> int:
@@ -205,10 +211,3 @@ def raise_together(error: Exception | None) -> None:
     for index, message in enumerate(messages):
         if message is not None:
             raise EngineError(f"rank {index}: {message}")
-
-
-def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

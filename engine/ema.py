@@ -9,7 +9,8 @@ from engine.errors import EngineError
 class ModelEMA:
     """Shadow weights e = d e + (1 - d) p over every floating entry of the state dict (BEiT-3 ``--model_ema``).
 
-    Entries that are not floating point (counters, masks) are copied.
+    Entries that are not floating point (counters, masks) are copied. A skipped step, which leaves the weights as they
+    were, still moves the shadow towards them, as in the original.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, device: torch.device | str | None = None) -> None:
@@ -29,7 +30,8 @@ class ModelEMA:
             shadow = self._shadow[name]
             if shadow.is_floating_point():
                 averaged.append(shadow)
-                current.append(value.detach().to(shadow.device, non_blocking=True))
+                # to the CPU the copy must be waited for, or the host would read what has not arrived yet
+                current.append(value.detach().to(shadow.device, non_blocking=shadow.device.type != "cpu"))
             else:
                 shadow.copy_(value)
         torch._foreach_lerp_(averaged, current, 1.0 - self.decay)

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from engine import distributed
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
 
 
 def say(text: str) -> None:
@@ -33,6 +34,14 @@ def peak_mib(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def predicted_time(num_steps: int, seconds_per_step: float | None, device: torch.device) -> str:
+    """One line: how long a run of ``num_steps`` would train (validation comes on top), and its peak memory so far."""
+    if seconds_per_step is None:
+        return f"predicted: nothing, no step was taken; peak {peak_mib(device):.0f} MiB"
+    total = timedelta(seconds=round(num_steps * seconds_per_step))
+    return f"predicted: {num_steps} steps x {seconds_per_step:.3g} s = {total} per run, peak {peak_mib(device):.0f} MiB"
+
+
 class RunLog:
     """Writes ``run.json``, ``log.txt`` (one object per epoch), ``metrics.jsonl`` (one per interval), TensorBoard.
 
@@ -45,6 +54,7 @@ class RunLog:
         self._folder = output_dir if self._main else None
         self._tensorboard = None
         self._bar: tqdm | None = None
+        self.seconds_per_step: float | None = None  # of the latest interval
         if self._main and tensorboard_dir is not None and output_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
 
@@ -71,8 +81,9 @@ class RunLog:
         }
         path = self._folder / "run.json"
         temporary = path.with_suffix(".json.writing")
-        temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with _writing(path):
+            temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+            temporary.replace(path)
 
     def rewind(self, *, epoch: int, global_step: int) -> None:
         """Drop what a run that is now resumed had logged beyond the checkpoint: its epochs from ``epoch`` on."""
@@ -84,8 +95,10 @@ class RunLog:
     def set_aside(self) -> None:
         """Keep the lines of an earlier run without a checkpoint as ``*.old``: this one starts from the first step."""
         for name in ("log.txt", "metrics.jsonl") if self._folder is not None else ():
-            if (self._folder / name).exists():
-                (self._folder / name).replace(self._folder / f"{name}.old")
+            path = self._folder / name
+            if path.exists():
+                with _writing(path):
+                    path.replace(path.with_name(f"{name}.old"))
 
     def start_epoch(self, epoch: int, *, first_step: int, steps: int) -> None:
         """Show a progress bar for an epoch when stderr is a terminal."""
@@ -105,6 +118,7 @@ class RunLog:
 
     def interval(self, row: dict[str, float], *, steps_left: int, seconds_per_step: float, position: str) -> None:
         """Log one interval: ``row`` goes to ``metrics.jsonl`` and TensorBoard, its gist to the terminal."""
+        self.seconds_per_step = seconds_per_step  # a later interval replaces the first, which warms up
         if not self._main:
             return
         eta = timedelta(seconds=int(steps_left * seconds_per_step))
@@ -144,8 +158,20 @@ class RunLog:
 def _append(folder: Path | None, name: str, row: dict[str, Any]) -> None:
     if folder is None:
         return
-    with (folder / name).open("a", encoding="utf-8") as file:
+    with _writing(folder / name), (folder / name).open("a", encoding="utf-8") as file:
         file.write(_json(row) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the file system's refusal into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"could not write {path} ({error.strerror}): free some space or check the folder, "
+            "then run the same command again to go on"
+        ) from None
 
 
 def _json(row: dict[str, Any]) -> str:
@@ -158,13 +184,14 @@ def _keep_lines(path: Path, keep: Any) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that a kill cut off
-            continue
-        if isinstance(row, dict) and keep(row):
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with _writing(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that a kill cut off
+                continue
+            if isinstance(row, dict) and keep(row):
+                kept.append(line + "\n")
+        temporary = path.with_name(path.name + ".writing")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)

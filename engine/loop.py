@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine import distributed
 from engine.backend import Backend, StepInfo
-from engine.checkpoint import load_checkpoint, prune, save_checkpoint
+from engine.checkpoint import BEST, load_checkpoint, prune, save_checkpoint
 from engine.errors import RunError
 from engine.evaluation import to_device
 from engine.log import RunLog, peak_mib, say
@@ -56,7 +56,6 @@ class RunPlan:
     save_every_epochs: int = 1  # 0 never saves
     save_every_steps: int = 0  # mid-epoch checkpoints; 0 for none
     keep_checkpoints: int = 0  # 0 keeps all
-    validate_every_epochs: int = 1
     max_steps: int | None = None  # ends the run early; the schedule does not change
     best_metric: str = "score"
     log_every: int = 10
@@ -74,7 +73,7 @@ def fit(
     *,
     evaluate: EvaluateFunction | None = None,
     val_loader: Any = None,
-    resume_from: Path | None = None,
+    position: Position | None = None,
 ) -> Position:
     """Train to the end of the plan, from the start or from a checkpoint.
 
@@ -87,7 +86,7 @@ def fit(
         log: where lines and files go.
         evaluate: ``(model, val_loader) -> {metric: value}``; the best ``plan.best_metric`` keeps its checkpoint.
         val_loader: handed to ``evaluate``.
-        resume_from: checkpoint folder to go on from.
+        position: what ``resume_position`` gave, to go on from there; None starts anew.
 
     Returns:
         The final position.
@@ -95,11 +94,10 @@ def fit(
     Raises:
         RunError: too many non-finite steps in a row, or a checkpoint could not be written.
     """
-    position = Position()
-    if resume_from is None:
+    if position is None:
+        position = Position()
         log.set_aside()
     else:
-        position = _resume(backend, loader, resume_from)
         log.rewind(epoch=position.epoch - (not position.validated), global_step=position.global_step)
     run = _Run(backend, loader, loss_fn, schedule, plan, log, evaluate, val_loader)
     try:
@@ -113,7 +111,20 @@ def fit(
     return position
 
 
-def _resume(backend: Backend, loader: TrainLoader, folder: Path) -> Position:
+def resume_position(backend: Backend, loader: TrainLoader, folder: Path) -> Position:
+    """Restore a checkpoint and say where the run stands; call it before anything of the run is written.
+
+    Args:
+        backend: gets the weights and the training state.
+        loader: of the run that goes on; another batch size or data set moves the position to the same sample.
+        folder: the checkpoint.
+
+    Returns:
+        The position to give to ``fit``.
+
+    Raises:
+        EngineError: the checkpoint is torn, or was written by a run of another model.
+    """
     extra = load_checkpoint(backend, folder)
     position = Position(**extra["position"])
     now = (distributed.world_size(), loader.samples_per_step, loader.steps_per_epoch)
@@ -261,28 +272,27 @@ class _Run:
         every = self.plan.save_every_epochs
         if every and (last or (finished + 1) % every == 0):
             self._save(f"checkpoint-{finished}" if whole else f"checkpoint-step{position.global_step}", position)
-        self.finish_epoch(position, last=last)
+        self.finish_epoch(position)
 
-    def finish_epoch(self, position: Position, *, last: bool = False) -> None:
+    def finish_epoch(self, position: Position) -> None:
         """Validate the epoch that has just ended, keep the best, write its log line."""
         whole = position.step_in_epoch == 0
         finished = position.epoch - 1 if whole else position.epoch
         metrics: dict[str, float] = {}
-        last = last or position.epoch >= self.plan.epochs
-        if self.evaluate is not None and (last or (finished + 1) % self.plan.validate_every_epochs == 0):
+        if self.evaluate is not None:
             metrics = self.evaluate(self.backend.unwrapped(), self.val_loader)
         position.validated = True
-        row = self._epoch_row(position, metrics, finished)
+        # before the best is kept: whoever goes on from that checkpoint finds the line of the epoch it ended
+        self.log.epoch(self._epoch_row(position, metrics, finished))
         if whole:
             position.means = {}
         score = metrics.get(self.plan.best_metric)
         if score is not None and (position.best is None or score > position.best):
             position.best = score
             if self.plan.save_every_epochs:
-                self._save("checkpoint-best", position)
+                self._save(BEST, position)
                 if not whole:  # this epoch's end is compared with the best one after a resume
                     self._save(f"checkpoint-step{position.global_step}", position)
-        self.log.epoch(row)
 
     def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
         means = _means(position.means)
@@ -306,7 +316,8 @@ class _Run:
         }
         folder = save_checkpoint(self.backend, self.plan.output_dir, name, extra, copy_files=self.plan.checkpoint_files)
         say(f"saved {folder}")
-        prune(self.plan.output_dir, self.plan.keep_checkpoints)
+        if name != BEST:
+            prune(self.plan.output_dir, self.plan.keep_checkpoints, newest=name)
         return folder
 
 
@@ -356,6 +367,7 @@ class _Window:
         infos = [info for _, _, _, info, _ in self._steps]
         failed = torch.stack([info.failed for info in infos]).tolist()
         norms = torch.stack([info.grad_norm.float() for info in infos]).tolist()
+        loss_scales = _to_floats([info.loss_scale for info in infos])
         keys = list(self._steps[0][-1])
         scalars = {key: _to_floats([means[key] for *_, means in self._steps]) for key in keys}
         self._ended = time.perf_counter()
@@ -371,9 +383,9 @@ class _Window:
                 lr,
                 failed[place],
                 {key: scalars[key][place] for key in keys}
-                | {"grad_norm": norms[place], "loss_scale": float(info.loss_scale)},
+                | {"grad_norm": norms[place], "loss_scale": loss_scales[place]},
             )
-            for place, (step, ids, lr, info, _) in enumerate(self._steps)
+            for place, (step, ids, lr, _, _) in enumerate(self._steps)
         ]
 
 

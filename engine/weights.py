@@ -16,6 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+try:
+    from numpy._core.multiarray import _reconstruct, scalar
+except ImportError:  # numpy 1
+    from numpy.core.multiarray import _reconstruct, scalar
+
 from engine.errors import EngineError
 
 # What a folder may hold, in order of preference: ours, then the published layouts, then DeepSpeed's.
@@ -28,13 +33,14 @@ FOLDER_FILES = (
     "mp_rank_00_model_states.pt",
 )
 
-# Harmless classes that the originals pickle beside the weights (their argument namespace, numpy scalars).
+# Harmless classes that the originals pickle beside the weights (their argument namespace, numpy scalars and arrays,
+# whose functions numpy 2 has moved: files of either name are about, whatever numpy is installed).
 _SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
     np.ndarray,
-    np._core.multiarray.scalar,
-    np._core.multiarray._reconstruct,
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *{type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")},
 ]
 

@@ -1,74 +1,13 @@
-"""Small pieces that several families share: linear layer, attention, stochastic depth, truncated-normal start values.
+"""Small pieces that several families share: attention, stochastic depth, truncated-normal start values.
 
 Letters: B batch, H heads, Q queries, K keys, C channels of a head.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-# Below this many multiplications the overhead of an operator of our own (0.1 ms) outweighs the gain.
-_MIN_PRODUCTS_FOR_ONEDNN = 15_000_000
-# torch multiplies float32 matrices on x86 with MKL, which on AMD processors has half of the speed of oneDNN (measured
-# on an EPYC with AVX-512: 95 against 180 GFLOP/s a core). oneDNN's linear op is in every x86 build of torch, but has no
-# public name.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` that computes large float32 products on the CPU with oneDNN, forward and backward; else exactly it.
-
-    The same numbers but for rounding: the largest relative error of a product is 1e-6 where MKL's is 4e-7.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        if _use_onednn(x, self.weight):
-            return _onednn_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
-def _use_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        _ONEDNN_LINEAR is not None
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= _MIN_PRODUCTS_FOR_ONEDNN
-        and weight.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-# an operator of its own, because torch.compile knows oneDNN's only with constant weights
-@torch.library.custom_op("plainvl::onednn_linear", mutates_args=())
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X weight^T + bias; ``weight`` must be dense or the transpose of a dense matrix, else oneDNN is 1000 x slower."""
-    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "").contiguous()
-
-
-@_onednn_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _onednn_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    rows, grad_rows = x.flatten(0, -2).contiguous(), grad.flatten(0, -2)
-    grad_x = _onednn_linear(grad, weight.t().contiguous(), None) if needs_x else None
-    grad_weight = _onednn_linear(grad_rows.t(), rows.t(), None) if needs_weight else None
-    return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None
-
-
-_onednn_linear.register_autograd(_onednn_linear_backward, setup_context=_save_for_backward)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -285,6 +285,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name, reason in _NO_EFFECT.items()
         if getattr(args, name) != parser.get_default(name)
     ]
+    if args.eval and args.resume:
+        args.notes.append("--resume has no effect: --eval takes its weights from --finetune")
     if args.enable_deepspeed:
         args.notes.append(
             "--enable_deepspeed: this version has no DeepSpeed backend yet; plain torch (DDP) runs the same step"
@@ -333,14 +335,18 @@ def _find_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         args.sentencepiece_model = next((place for place in places if Path(place).is_file()), None)
         if args.sentencepiece_model is None:
             parser.error(f"no sentencepiece model at {' or '.join(places)}: give --sentencepiece_model")
-    if args.finetune and not args.finetune.startswith(("http:", "https:")) and not Path(args.finetune).exists():
+    resumes = not args.eval and args.auto_resume and any(Path(args.output_dir).glob("checkpoint-*/manifest.json"))
+    # a run that goes on takes its weights from its checkpoint and need not have the default ones any more
+    unused = args.finetune_is_default and resumes
+    is_address = args.finetune.startswith(("http:", "https:"))
+    if args.finetune and not is_address and not unused and not Path(args.finetune).exists():
         if args.finetune_is_default:
             parser.error(
                 f"no weights at {args.finetune}: give --finetune FILE (sources: docs/datasets.md), "
                 "or --finetune '' for random weights"
             )
         parser.error(f"--finetune {args.finetune}: no such file or folder")
-    if args.finetune.startswith(("http:", "https:")):
+    if is_address:
         parser.error("--finetune takes a file or folder: nothing is downloaded at run time; fetch the file first")
     if args.eval and not args.finetune:
         parser.error("--eval needs weights: give --finetune FILE or a checkpoint folder")

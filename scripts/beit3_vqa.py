@@ -21,7 +21,7 @@ from data.randaugment import RandAugment
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform, TrainTransform, normalize
 from data.vqa_answers import AnswerVocabulary
-from data.vqav2 import SPLIT_FILES, VQARecord, read_vqav2_split
+from data.vqa_index import SPLIT_FILES, VQARecord, read_vqav2_split
 from engine import distributed
 from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
 from engine.log import peak_mib, say
@@ -31,7 +31,7 @@ from scripts.beit3_model import find_answers
 NUM_TOP_ANSWERS = 5
 
 
-def load_answers(args: argparse.Namespace) -> AnswerVocabulary:
+def load_labels(args: argparse.Namespace) -> AnswerVocabulary:
     """The answer list: given, beside the weights (evaluation), in the data folder, or built from own training data."""
     if args.train_file and not args.answer_list:
         return build_answer_list(args.train_file + ([args.val_file] if args.val_file else []))
@@ -118,7 +118,12 @@ def build_loader(
 
 
 def train_and_val_loaders(
-    args: argparse.Namespace, tokenizer: XLMRTokenizer, answers: AnswerVocabulary, image_size: int, device: torch.device
+    args: argparse.Namespace,
+    tokenizer: XLMRTokenizer,
+    answers: AnswerVocabulary,
+    *,
+    image_size: int,
+    device: torch.device,
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """Loaders of a training run; no validation with own data that has no ``--val_file``."""
 
@@ -204,7 +209,6 @@ def run_evaluation(
     tokenizer: XLMRTokenizer,
     answers: AnswerVocabulary,
     *,
-    image_size: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
@@ -219,6 +223,7 @@ def run_evaluation(
     if args.dry_run:
         records = records[: 2 * args.eval_batch_size * distributed.world_size()]
     say(f"{args.eval_split}: {len(records)} questions")
+    image_size = model.config.image_size
     loader = build_loader(args, records, tokenizer, len(answers), image_size=image_size, train=False, device=device)
     predictions = predict(model, loader, device=device, autocast=autocast)
     if not distributed.is_main():

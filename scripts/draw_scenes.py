@@ -11,6 +11,7 @@ from collections import Counter
 
 from data.errors import DataError
 from data.files import read_json, write_json_atomic
+from scripts.arguments import OneLineParser
 from scripts.program import run
 
 SETTINGS_FILE = "drawn_scenes.json"
@@ -19,7 +20,7 @@ INDEX_THRESHOLD = 9  # answers that are rarer over train and val get no label in
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart/data"), help="folder to make (default: %(default)s)"
     )

@@ -7,7 +7,7 @@
 #
 # Learning rate, epochs, augmentation and the rest of the recipe are the program's defaults for the task and the model's
 # size; see run_beit3_finetuning.py --help. Flags given here are passed on and win. Variables and their defaults:
-#   MODEL                 beit3_base_patch16_480
+#   MODEL                 the one that FINETUNE names, if it is a run's checkpoint folder; else beit3_base_patch16_480
 #   FINETUNE              weights to start from: beit3_base_patch16_224.pth (large: beit3_large_patch16_224.pth)
 #   SENTENCEPIECE_MODEL   beit3.spm here, then in the data folder
 #   DATA_PATH             data/vqav2, then dataset; made ready by scripts/make_index.py

@@ -3,6 +3,8 @@
 python scripts/make_index.py                                           # data and beit3.spm at the default places
 python scripts/make_index.py vqav2 --data_path /data/vqav2 --sentencepiece_model beit3.spm
 python scripts/make_index.py vqav2 --data_path /data/vqav2 --check     # look the written files over
+python scripts/make_index.py coco_captioning --data_path /data/coco    # Karpathy's split, dataset_coco.json
+python scripts/make_index.py nocaps --data_path /data/nocaps           # needs no tokenizer
 """
 
 import sys
@@ -14,17 +16,20 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from data.errors import DataError
+from scripts.arguments import OneLineParser
 from scripts.program import run
 
 DEFAULT_DATA_PATHS = ("data/vqav2", "dataset")
 MODEL_NAME = "beit3.spm"
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", nargs="?", choices=sorted(DATASETS), help="which index; found from the files if left out")
     p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(DEFAULT_DATA_PATHS)}")
     p.add_argument(
@@ -32,12 +37,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output_path", help="folder for the index files; default: --data_path, where training looks")
     p.add_argument("--sentencepiece_model", help=f"default: ./{MODEL_NAME}, then {MODEL_NAME} in --data_path")
-    p.add_argument("--seed", type=int, default=42, help="of the choice of the rest_val images (%(default)s)")
+    p.add_argument("--seed", type=int, default=42, help="vqav2: of the choice of the rest_val images (%(default)s)")
     p.add_argument(
-        "--num_rest_val_images", type=int, default=1000, help="images of the own validation split (%(default)s)"
+        "--num_rest_val_images", type=int, default=1000, help="vqav2: images of the own validation split (%(default)s)"
     )
     p.add_argument(
-        "--min_answer_count", type=int, default=9, help="occurrences that give an answer a label (%(default)s)"
+        "--min_answer_count", type=int, default=9, help="vqav2: occurrences that give an answer a label (%(default)s)"
     )
     p.add_argument("--check", action="store_true", help="build nothing: check the index files and their images")
     return p
@@ -45,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Build or check the index of each data set asked for or found."""
-    args = parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     for flag in ("num_rest_val_images", "min_answer_count"):
         if getattr(args, flag) < 1:
             raise DataError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
@@ -63,12 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
     """Write the VQA v2 index and print what was found, written and left out."""
-    from tqdm import tqdm
-
     from data.vqav2 import build_vqav2_index
-
-    def progress(images: list, split: str) -> tqdm:
-        return tqdm(images, desc=split, unit="image", mininterval=1.0, disable=None)  # None: only on a terminal
 
     output_path = Path(args.output_path or data_path)
     existing = {path.name for path in output_path.glob("*")}
@@ -82,14 +82,9 @@ def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
         seed=args.seed,
         min_answer_count=args.min_answer_count,
         num_rest_val_images=args.num_rest_val_images,
-        progress=progress,
+        progress=_progress,
     )
-    for what, where in summary.found:
-        print(f"  found   {what}: {where}")
-    for name, lines in summary.num_lines.items():
-        print(f"  {'rewritten' if name in existing else 'written'}  {output_path / name}: {lines} lines")
-    for note in summary.notes:
-        print(f"  skipped {note}")
+    _print_summary(summary, output_path, existing)
     print(f"  {summary.num_answers} answers (the published VQA weights have 3129), seed of rest_val {args.seed}")
 
 
@@ -100,7 +95,7 @@ def check_vqav2(data_path: Path, args: argparse.Namespace) -> None:
         DataError: a bad line, no index at all, or images that are missing (after the counts are printed).
     """
     from data.vqa_answers import AnswerVocabulary
-    from data.vqav2 import ADVICE, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES, read_vqa_index
+    from data.vqa_index import ADVICE, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES, read_vqa_index
 
     folder = Path(args.output_path or data_path)
     vocabulary = AnswerVocabulary.load(folder / ANSWER_FILE)
@@ -119,10 +114,73 @@ def check_vqav2(data_path: Path, args: argparse.Namespace) -> None:
         absent = _absent_files(data_path, images)
         missing.update(dict.fromkeys(absent))
         print(f"  {name}: {len(records)} questions, {len(images)} images, {len(absent)} of them missing")
-    if missing:
-        first = ", ".join(list(missing)[:5])
-        raise DataError(f"{len(missing)} images are missing in {data_path}, the first {first}: add them or {ADVICE}")
-    print("  every line is sound and every image is there")
+    _end_check(missing, data_path, ADVICE)
+
+
+def build_coco_captioning(data_path: Path, args: argparse.Namespace) -> None:
+    """Write the index of COCO captions and print what was found, written and left out."""
+    from data.coco_captions import build_coco_captioning_index
+
+    output_path = Path(args.output_path or data_path)
+    existing = {path.name for path in output_path.glob("*")}
+    tokenizer = _tokenizer(data_path, args)
+    print(f"coco_captioning: reading the captions below {args.annotation_path or data_path}", flush=True)
+    summary = build_coco_captioning_index(data_path, args.annotation_path, tokenizer, output_path, progress=_progress)
+    _print_summary(summary, output_path, existing)
+
+
+def build_nocaps(data_path: Path, args: argparse.Namespace) -> None:
+    """Write the index of NoCaps and print what was found, written and left out."""
+    from data.coco_captions import build_nocaps_index
+
+    output_path = Path(args.output_path or data_path)
+    existing = {path.name for path in output_path.glob("*")}
+    print(f"nocaps: reading the image lists below {args.annotation_path or data_path}", flush=True)
+    _print_summary(build_nocaps_index(data_path, args.annotation_path, output_path), output_path, existing)
+
+
+def check_captions(data_path: Path, args: argparse.Namespace, name: str, splits: tuple[str, ...]) -> None:
+    """Check lines, token ids and image files of an existing caption index; print counts.
+
+    Raises:
+        DataError: a bad line, no index at all, or images that are missing (after the counts are printed).
+    """
+    from data.files import check_relative, iterate_jsonl
+
+    folder = Path(args.output_path or data_path)
+    advice = f"run scripts/make_index.py {name} --data_path DIR first"
+    files = [folder / f"{name}.{split}.jsonl" for split in splits]
+    if not any(path.exists() for path in files):
+        raise DataError(f"no index of {name} in {folder}: {advice}")
+    print(f"{name}: {folder}")
+    missing: dict[str, None] = {}
+    for path in files:
+        if not path.exists():
+            print(f"  {path.name}: not there")
+            continue
+        training = path.name.endswith(".train.jsonl")
+        vocab_size = _tokenizer(data_path, args).vocab_size if training else 0
+        images, num_lines = set(), 0
+        for number, row in iterate_jsonl(path, advice=advice):
+            where = f"{path}:{number}"
+            tokens = row.get("text_segment")
+            if type(row.get("image_id")) is not int:
+                raise DataError(f"{where}: image_id must be a whole number, got {row.get('image_id')!r:.80}: {advice}")
+            if not training and tokens is not None:
+                raise DataError(f"{where}: text_segment must be null outside training, got {tokens!r:.80}: {advice}")
+            if training and not (
+                type(tokens) is list and tokens and all(type(t) is int and 0 <= t < vocab_size for t in tokens)
+            ):
+                raise DataError(
+                    f"{where}: text_segment must be a list of ids of at least 0 and below {vocab_size}, the size of "
+                    f"the vocabulary, got {tokens!r:.80}: {advice}, or give the matching file"
+                )
+            images.add(check_relative(row.get("image_path"), where))
+            num_lines += 1
+        absent = _absent_files(data_path, images)
+        missing.update(dict.fromkeys(absent))
+        print(f"  {path.name}: {num_lines} lines, {len(images)} images, {len(absent)} of them missing")
+    _end_check(missing, data_path, advice)
 
 
 @dataclass(frozen=True)
@@ -136,12 +194,22 @@ class Dataset:
 
 
 def _has_vqav2(data_path: Path, args: argparse.Namespace) -> bool:
-    from data.vqav2 import ANNOTATION_PLACES, ANSWER_FILE, QUESTION_FILE, TRAIN
+    from data.vqa_index import ANSWER_FILE
+    from data.vqav2 import ANNOTATION_PLACES, QUESTION_FILE, TRAIN
 
     if args.check:
         return (Path(args.output_path or data_path) / ANSWER_FILE).is_file()
     places = [Path(args.annotation_path)] if args.annotation_path else [data_path / p for p in ANNOTATION_PLACES]
     return any((place / QUESTION_FILE.format(TRAIN)).is_file() for place in places)
+
+
+def _has_captions(data_path: Path, args: argparse.Namespace, official: tuple[str, ...], index: str) -> bool:
+    from data.coco_captions import ANNOTATION_PLACES
+
+    if args.check:
+        return any(Path(args.output_path or data_path).glob(index))
+    places = [Path(args.annotation_path)] if args.annotation_path else [data_path / p for p in ANNOTATION_PLACES]
+    return any((place / name).is_file() for place in places for name in official)
 
 
 DATASETS = {
@@ -150,6 +218,22 @@ DATASETS = {
         _has_vqav2,
         build_vqav2,
         check_vqav2,
+    ),
+    "coco_captioning": Dataset(
+        "dataset_coco.json, or coco_captioning.train.jsonl for --check",
+        partial(_has_captions, official=("dataset_coco.json",), index="coco_captioning.*.jsonl"),
+        build_coco_captioning,
+        partial(check_captions, name="coco_captioning", splits=("train", "val", "test")),
+    ),
+    "nocaps": Dataset(
+        "nocaps_val_4500_captions.json, or nocaps.val.jsonl for --check",
+        partial(
+            _has_captions,
+            official=("nocaps_val_4500_captions.json", "nocaps_test_image_info.json"),
+            index="nocaps.*.jsonl",
+        ),
+        build_nocaps,
+        partial(check_captions, name="nocaps", splits=("val", "test")),
     ),
 }
 
@@ -172,6 +256,30 @@ def _tokenizer(data_path: Path, args: argparse.Namespace) -> "XLMRTokenizer":  #
         if Path(place).is_file():
             return XLMRTokenizer(place)
     raise DataError(f"no sentencepiece model (looked for {', '.join(map(str, places))}): {WAY_OUT}")
+
+
+def _progress(images: list, description: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(images, desc=description, unit="image", mininterval=1.0, disable=None)  # None: only on a terminal
+
+
+def _print_summary(summary: Any, output_path: Path, existing: set[str]) -> None:
+    for what, where in summary.found:
+        print(f"  found   {what}: {where}")
+    for name, lines in summary.num_lines.items():
+        print(f"  {'rewritten' if name in existing else 'written'}  {output_path / name}: {lines} lines")
+    for note in summary.notes:
+        print(f"  skipped {note}")
+    for warning in summary.warnings:
+        print(f"  warning {warning}")
+
+
+def _end_check(missing: dict[str, None], data_path: Path, advice: str) -> None:
+    if missing:
+        first = ", ".join(list(missing)[:5])
+        raise DataError(f"{len(missing)} images are missing in {data_path}, the first {first}: add them or {advice}")
+    print("  every line is sound and every image is there")
 
 
 def _absent_files(root: Path, relative: set[str]) -> list[str]:

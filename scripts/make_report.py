@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from data.errors import DataError
 from data.files import read_json, read_jsonl, write_json_atomic
+from data.vqav2 import ANNOTATION_PLACES, IMAGE_PLACES
+from scripts.arguments import OneLineParser
 from scripts.program import run
 
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
-PLACES = ("vqa", "", "annotations", "vqa/annotations")  # below the data folder, as for the index builder
-IMAGE_PLACES = ("", "images")
 ANSWER_KEYS = {"answer_type": str, "question_type": str, "multiple_choice_answer": str}
 KINDS_FILE = "drawn_kinds.json"
 COLUMNS = ["Model", "Shuffled images", "Question only", "Most frequent of type"]
@@ -22,7 +22,7 @@ COLUMNS = ["Model", "Shuffled images", "Question only", "Most frequent of type"]
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="output folder of the run (log.txt, metrics.jsonl)")
     parser.add_argument("--data_path", type=Path, required=True, help="folder with the images and the VQA v2 files")
     parser.add_argument("--split", choices=list(SPLITS), default="val", help="what was predicted (default: val)")
@@ -184,7 +184,7 @@ def read_split(data_path: Path, name: str, annotations: Path | None, *, wanted: 
 
 
 def _candidates(data_path: Path, name: str) -> list[Path]:
-    return [data_path / place / name for place in PLACES]
+    return [data_path / place / name for place in ANNOTATION_PLACES]
 
 
 def _find(data_path: Path, name: str, way_out: str) -> Path:

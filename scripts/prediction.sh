@@ -6,8 +6,8 @@
 #   DATA_PATH=/data/vqav2 NPROC_PER_NODE=8 bash scripts/prediction.sh --eval_split test-dev
 #
 # Flags given here are passed on and win; see run_beit3_finetuning.py --help. Variables and their defaults:
-#   MODEL                 beit3_base_patch16_480
-#   FINETUNE              weights file or checkpoint folder: beit3_base_patch16_480_vqa.pth
+#   MODEL                 the one that a run's checkpoint folder names; beit3_base_patch16_480 for other weights
+#   FINETUNE              weights file or checkpoint folder: beit3_base_patch16_480_vqa.pth (large: beit3_large_...)
 #   SENTENCEPIECE_MODEL   beside the weights, then beit3.spm here, then in the data folder
 #   DATA_PATH             data/vqav2, then dataset; made ready by scripts/make_index.py
 #   OUTPUT_DIR            your_prediction: submit_vqav2_<split>.json, top_answers_vqav2_<split>.jsonl, scores

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from data.errors import DataError
 from data.files import iterate_jsonl, read_json
+from scripts.arguments import OneLineParser
 from scripts.program import run
 
 SPECIAL_IDS = {
@@ -31,7 +32,7 @@ MAX_SEED_WORDS = 20_000
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument(
         "--input",
         type=Path,

@@ -1,6 +1,7 @@
 """What several tests need: processes with a process group, and tiny models."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,13 @@ def run_in_processes(function: Callable[..., None], world_size: int, *arguments:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.start_processes(_enter, (function, world_size, store, arguments), nprocs=world_size, start_method="spawn")
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_program(

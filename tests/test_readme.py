@@ -26,7 +26,7 @@ PARSERS = {
     "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
-    "scripts/make_index.py": "scripts.make_index:parser",
+    "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
     "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
 }
@@ -263,17 +263,22 @@ def test_addresses_are_refused_as_weights(tmp_path, capsys):
 def test_the_recipe_table_holds_the_defaults(tmp_path):
     (tmp_path / "beit3.spm").touch()
     page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8").split("\n## Recipes\n", 1)[1].split("\n## ", 1)[0]
-    rows = {name: cells for name, *cells in re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)}
-    assert rows.keys() == RECIPES["vqav2", "base"].keys() - {"model"}
-    for column, size in enumerate(("base", "large")):
+    table = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    rows = {name: cells for name, *cells in table}
+    models = ["beit3_base_patch16_480", "beit3_large_patch16_480", "beit3_tiny_patch32_96"]
+    sizes = [model.split("_")[1] for model in models]
+    assert rows.keys() == set().union(*(RECIPES["vqav2", size] for size in sizes)) - {"model"}
+    for column, (size, model) in enumerate(zip(sizes, models, strict=True)):
         args = parse_args(
-            ["--task", "vqav2", "--model", f"beit3_{size}_patch16_480", "--finetune", "", "--data_path", str(tmp_path)]
+            ["--task", "vqav2", "--model", model, "--finetune", "", "--data_path", str(tmp_path)]
             + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
         )
         for name, cells in rows.items():
             value = getattr(args, name)
             if isinstance(value, bool):
                 shown = "yes" if value else "no"
+            elif value is None:
+                shown = "off"
             else:
                 shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             assert cells[column] == shown, (size, name)
@@ -281,6 +286,18 @@ def test_the_recipe_table_holds_the_defaults(tmp_path):
         ["--task", "vqav2", "--finetune", "", "--data_path", str(tmp_path)]
         + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
     ).model.startswith("beit3_base_patch16_480")
+
+
+def test_the_start_values_of_the_family_page_are_those_of_the_code():
+    page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8").split("| standard deviation at the start |", 1)[1]
+    rows = re.findall(r"^\| ([a-z ]+?) \| (.*?) \| (.*?) \|$", page.split("\n\n", 1)[0], re.MULTILINE)
+    original, tiny = (beit3_config(name, "vqav2").start for name in ("beit3_base_patch16_480", "beit3_tiny_patch32_96"))
+    names = {"linear layers": "linear", "image positions": "image_positions", "text positions": "text_positions"}
+    names["words"] = "words"
+    assert [row[0] for row in rows] == list(names)
+    for row, *cells in rows:
+        values = [getattr(start, names[row]) for start in (original, tiny)]
+        assert cells == ["width^-0.5" if value is None else str(value) for value in values], row
 
 
 def test_models_that_are_named_exist():
@@ -322,7 +339,8 @@ def test_tests_that_are_cited_exist(path):
 
 
 def test_index_and_split_names_of_the_data_page_are_those_of_the_reader():
-    from data.vqav2 import ANNOTATION_PLACES, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES
+    from data.vqa_index import ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES
+    from data.vqav2 import ANNOTATION_PLACES
 
     page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
     for name in {ANSWER_FILE, *MAY_BE_EMPTY, *(name for names in SPLIT_FILES.values() for name in names)}:

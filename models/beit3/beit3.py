@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.beit3.config import BEiT3Config, StartValues
 from models.errors import ModelError
-from models.layers import Linear, add_residual, attention, drop_path_scales, init_linear_truncated_
+from models.layers import add_residual, attention, drop_path_scales, init_linear_truncated_
+from models.linear import Linear
 
 _FIRST_POSITION = 2  # both position tables begin with two rows that no token uses
 

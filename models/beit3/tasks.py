@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from models.beit3.beit3 import BEiT3, init_beit3_weights
 from models.beit3.config import TASK_SUFFIXES, BEiT3Config
 from models.errors import ModelError
-from models.layers import Linear
+from models.linear import Linear
 
 
 class _BEiT3ForTask(nn.Module):

@@ -9,7 +9,7 @@ from data.beit3_dataset import BEiT3VQADataset, VQACollate, VQASample, check_ima
 from data.errors import DataError
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
-from data.vqav2 import VQARecord
+from data.vqa_index import VQARecord
 
 SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
 SIDE = 8

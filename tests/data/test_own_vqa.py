@@ -6,7 +6,8 @@ from data.errors import DataError
 from data.own_vqa import build_answer_list, read_vqa_file
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
-from data.vqav2 import VQARecord, build_vqav2_index, read_vqa_index
+from data.vqa_index import VQARecord, read_vqa_index
+from data.vqav2 import build_vqav2_index
 from tests.data.vqav2_tree import SPM, write_vqav2
 
 ROW = {"image": "photos/1.jpg", "question": "is the circle red?", "answers": ["Yes"]}

@@ -52,6 +52,16 @@ def test_normalize_takes_means_and_deviations_per_channel():
     assert out[:, 0, 0].tolist() == [1.0, 2.0, 0.0]
 
 
+def test_normalize_copies_its_constants_to_the_device_once(monkeypatch):
+    images = torch.arange(48, dtype=torch.uint8).reshape(3, 4, 4)
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.7]
+    first = normalize(images, mean=mean, std=std)
+    columns = [torch.tensor(values)[:, None, None] for values in (mean, std)]
+    assert torch.equal(first, (images.float() / 255 - columns[0]) / columns[1])
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("made the constants again"))
+    assert torch.equal(normalize(images, mean=mean, std=std), first)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_train_transform_gives_contiguous_bytes_and_leaves_the_image(exact):
     image = photo()

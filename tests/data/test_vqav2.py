@@ -8,7 +8,8 @@ import pytest
 from data.errors import DataError
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
-from data.vqav2 import VQARecord, build_vqav2_index, read_vqa_index, read_vqav2_split
+from data.vqa_index import VQARecord, read_vqa_index, read_vqav2_split
+from data.vqav2 import build_vqav2_index
 from tests.data.vqav2_tree import (
     SPM,
     annotation,
@@ -367,6 +368,6 @@ def test_a_read_only_data_folder_is_an_input_error_with_a_way_out(tmp_path, toke
     def refuse(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("data.vqav2.open_atomic", refuse)
+    monkeypatch.setattr("data.index_writer.open_atomic", refuse)
     with pytest.raises(DataError, match="cannot write .*answer2label.txt .Read-only.*folder of your own with links"):
         build(tmp_path, tokenizer)

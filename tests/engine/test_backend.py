@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -177,6 +178,68 @@ def test_bf16_autocast_trains_and_keeps_float32_weights():
 def test_fp16_on_the_cpu_is_refused_with_the_way_out():
     with pytest.raises(EngineError, match="--amp bf16 or --amp no"):
         resolve_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_takes_bfloat16_only_where_the_device_has_it_and_need_not_emulate_it(monkeypatch, native, expected):
+    def is_supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert resolve_precision("auto", torch.device("cuda")) is expected
+    assert resolve_precision("auto", CPU) is None
+
+
+def test_the_loss_scale_is_reported_without_reading_it(monkeypatch):
+    model = nn.Linear(2, 1)
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.0)
+    backend = TorchBackend(
+        model, build_adamw(groups, lr=0.1), device=CPU, autocast_dtype=torch.float16, initial_loss_scale=4.0
+    )
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda _: pytest.fail("waited for the device"))
+    backend.backward(model(torch.ones(1, 2)).sum() * math.inf)
+    first = backend.step(0.1)
+    backend.backward(model(torch.ones(1, 2)).sum())
+    second = backend.step(0.1)
+    assert (first.loss_scale.item(), second.loss_scale.item()) == (4.0, 2.0)
+    assert (bool(first.skipped), bool(second.skipped)) == (True, False)
+
+
+@pytest.mark.parametrize(("scale", "failed"), [(1.0, False), (0.5, True)])
+def test_an_overflow_is_a_failure_only_when_the_scale_has_nowhere_left_to_go(scale, failed):
+    model = nn.Linear(2, 1)
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.0)
+    backend = TorchBackend(
+        model, build_adamw(groups, lr=0.1), device=CPU, autocast_dtype=torch.float16, initial_loss_scale=scale
+    )
+    output = model(torch.ones(1, 2)).sum()
+    output.register_hook(lambda gradient: gradient * math.inf)  # the loss itself is finite
+    backend.backward(output)
+    info = backend.step(0.1)
+    assert bool(info.skipped)
+    assert bool(info.failed) == failed
+
+
+@pytest.mark.gpu
+def test_a_moving_average_on_the_cpu_waits_for_the_weights_of_the_device():
+    model = nn.Linear(4096, 4096, bias=False, device="cuda")
+    ema = ModelEMA(model, 0.0, device="cpu")
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight += 1.0
+        ema.update(model)
+        assert torch.equal(ema.state_dict()["weight"], model.weight.detach().cpu())
+
+
+def test_copies_to_a_moving_average_on_the_cpu_are_waited_for(monkeypatch):
+    model = nn.Linear(2, 1)
+    ema = ModelEMA(model, 0.9, device="cpu")
+    waits = []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, _, non_blocking=False: waits.append(not non_blocking) or self.clone()
+    )
+    ema.update(model)
+    assert waits == [True, True]
 
 
 def test_the_moving_average_follows_the_weights_by_its_decay():

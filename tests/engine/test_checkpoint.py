@@ -2,6 +2,7 @@ import json
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from engine.checkpoint import (
     clear_leftovers,
     find_newest,
     load_checkpoint,
-    prepare_run_folder,
     prune,
     save_checkpoint,
 )
 from engine.ema import ModelEMA
 from engine.errors import EngineError, RunError
 from engine.optim import build_adamw, parameter_groups
+from tests.helpers import run_in_processes
 
 
 def small_backend(seed=0, width=4, ema=False):
@@ -105,6 +106,15 @@ def test_the_newest_is_the_one_with_the_most_steps_not_the_last_by_name(tmp_path
     assert find_newest(tmp_path)[0] == newest
 
 
+def test_the_best_counts_when_it_is_newer_and_stands_back_at_the_same_step(tmp_path):
+    backend = small_backend()
+    ordinary = save(backend, tmp_path, "checkpoint-0", 10)
+    best = save(backend, tmp_path, "checkpoint-best", 10)
+    assert find_newest(tmp_path)[0] == ordinary
+    best = save(backend, tmp_path, "checkpoint-best", 20)
+    assert find_newest(tmp_path)[0] == best
+
+
 def test_replacing_a_checkpoint_keeps_a_sound_one_at_every_moment(tmp_path):
     backend = small_backend()
     folder = save(backend, tmp_path, "checkpoint-best", 1)
@@ -118,14 +128,6 @@ def test_replacing_a_checkpoint_keeps_a_sound_one_at_every_moment(tmp_path):
     assert json.loads((folder / "manifest.json").read_text())["global_step"] == 2
 
 
-def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
-    (tmp_path / ".writing-checkpoint-3").mkdir()
-    (tmp_path / ".writing-checkpoint-3" / "model.pth").write_bytes(b"half")
-    (tmp_path / ".writing-latest").write_text("checkpoint-3")
-    assert prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True) is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_retention_keeps_the_newest_epochs_and_one_mid_epoch_checkpoint(tmp_path):
     backend = small_backend()
     for epoch in range(4):
@@ -133,9 +135,58 @@ def test_retention_keeps_the_newest_epochs_and_one_mid_epoch_checkpoint(tmp_path
     save(backend, tmp_path, "checkpoint-step42", 42)
     save(backend, tmp_path, "checkpoint-step44", 44)
     save(backend, tmp_path, "checkpoint-best", 20)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, newest="checkpoint-step44")
     names = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert names == {"checkpoint-2", "checkpoint-3", "checkpoint-step44", "checkpoint-best"}
+
+
+def test_retention_trusts_the_name_just_written_and_reads_no_checkpoint(tmp_path):
+    backend = small_backend()
+    save(backend, tmp_path, "checkpoint-7", 80)  # of a run that was taken up again at an older place
+    for name in ("checkpoint-step42", "checkpoint-step44"):
+        save(backend, tmp_path, name, 40)
+        (tmp_path / name / "manifest.json").unlink()
+    prune(tmp_path, keep=1, newest="checkpoint-step44")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-7", "checkpoint-step44"}
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-step1").mkdir()
+
+    def refuse(path, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(RunError, match=r"checkpoint .*checkpoint-step1 \(Permission denied\)"):
+        prune(tmp_path, keep=0, newest="checkpoint-0")
+
+
+def _save_below_a_file(rank, folder):
+    with pytest.raises(RunError, match="could not write .*checkpoint-0 .*choose another --output_dir"):
+        save(small_backend(), Path(folder) / "file")
+
+
+def test_a_folder_that_the_main_process_cannot_make_ends_all_processes(tmp_path):
+    (tmp_path / "file").touch()
+    run_in_processes(_save_below_a_file, 2, str(tmp_path))
+
+
+def _load_torn(rank, folder):
+    with pytest.raises(EngineError, match="cannot resume from .*model.pth is missing"):
+        load_checkpoint(small_backend(), Path(folder))
+
+
+def test_a_torn_checkpoint_is_refused_by_all_processes(tmp_path):
+    folder = save(small_backend(), tmp_path)
+    (folder / "model.pth").unlink()
+    run_in_processes(_load_torn, 2, str(folder))
+
+
+def test_the_main_process_alone_reads_the_checksums(tmp_path, monkeypatch):
+    folder = save(small_backend(), tmp_path)
+    monkeypatch.setattr("engine.distributed.is_main", lambda: False)
+    monkeypatch.setattr("engine.checkpoint.check_manifest", lambda _: pytest.fail("read the checksums"))
+    assert load_checkpoint(small_backend(), folder)["global_step"] == 1
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path):
@@ -160,18 +211,33 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
         load_checkpoint(small_backend(width=5), folder)
 
 
-def test_no_auto_resume_does_not_mix_a_new_run_into_an_old_one(tmp_path):
-    save(small_backend(), tmp_path)
-    with pytest.raises(EngineError, match="choose another --output_dir"):
-        prepare_run_folder(tmp_path, resume="", auto_resume=False, training=True)
+def test_this_run_s_settings_win_over_those_of_the_checkpoint_and_the_change_is_said(tmp_path, capsys):
+    backend = small_backend()
+    take_steps(backend, 2)
+    folder = save(backend, tmp_path)
+    other = small_backend(seed=9)
+    changed = {"weight_decay": 0.25, "lr_scale": 0.5, "betas": (0.8, 0.9), "eps": 1e-6}
+    for group in other.optimizer.param_groups:
+        group.update(changed)
+    load_checkpoint(other, folder)
+    for group in other.optimizer.param_groups:
+        assert {key: group[key] for key in changed} == changed
+    for index, state in backend.optimizer.state_dict()["state"].items():
+        assert torch.equal(state["exp_avg"], other.optimizer.state_dict()["state"][index]["exp_avg"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "with this run's settings: weight_decay 0.25 instead of 0.1, lr_scale 0.5 instead of 1.0" in lines[0]
 
 
-def test_resume_latest_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(EngineError, match="no sound checkpoint"):
-        prepare_run_folder(tmp_path, resume="latest", auto_resume=True, training=True)
+def test_the_same_settings_are_not_worth_a_line(tmp_path, capsys):
+    folder = save(small_backend(), tmp_path)
+    load_checkpoint(small_backend(), folder)
+    assert capsys.readouterr().err == ""
 
 
-def test_an_output_folder_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match="cannot be written"):
-        prepare_run_folder(tmp_path / "file" / "run", resume="", auto_resume=True, training=True)
+def test_groups_of_other_names_are_refused(tmp_path):
+    folder = save(small_backend(), tmp_path)
+    other = small_backend()
+    other.optimizer.param_groups[0]["name"] = "layer_3_decay"
+    with pytest.raises(EngineError, match="layer_3_decay.*give the same flags"):
+        load_checkpoint(other, folder)

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from engine import distributed
 from engine.distributed import Placement, placement_from_environment
 from engine.errors import EngineError
-from tests.helpers import run_in_processes
+from tests.helpers import free_port, run_in_processes
 
 VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
 OPENMPI = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
 VARIABLES += [*OPENMPI, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+VARIABLES += ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "OMPI_COMM_WORLD_LOCAL_SIZE"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,10 @@ def _no_launcher(monkeypatch):
             {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
             Placement(1, 2, 1),
         ),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, Placement(5, 8, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, None),  # an interactive allocation
-        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, Placement(0, 2, 0)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, Placement(5, 8, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),  # an interactive allocation
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # python in a batch script, no srun
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8"}, Placement(0, 2, 0)),
     ],
 )
 def test_the_launcher_s_variables_say_where_a_process_stands(monkeypatch, variables, placement):
@@ -51,6 +53,12 @@ def test_the_launcher_s_variables_say_where_a_process_stands(monkeypatch, variab
         ({"RANK": "-1", "WORLD_SIZE": "2"}, r"RANK=-1 must lie in"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "must be integers"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not set: start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "MASTER_PORT": "1"},
+            "MASTER_ADDR is not set",
+        ),
     ],
 )
 def test_an_incomplete_start_is_refused_with_the_variable_named(monkeypatch, variables, message):
@@ -119,11 +127,11 @@ def test_two_processes_agree_and_fail_together(tmp_path):
     assert one == [[0, 1], "of 0", 3.0, 2.0, "rank 1 has no data"]
 
 
-def _join_by_environment(rank: int, port: int) -> None:
+def _join_by_environment(rank: int, variables: dict[str, str], rank_names: tuple[str, str]) -> None:
     dist.destroy_process_group()
     import os
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    os.environ |= variables | dict.fromkeys(rank_names, str(rank))
     distributed.init("cpu", timeout_s=60)
     assert distributed.gather_objects(rank) == [0, 1]
     distributed.barrier()
@@ -132,5 +140,12 @@ def _join_by_environment(rank: int, port: int) -> None:
     os._exit(0)  # the helper would look for its own group
 
 
-def test_processes_join_by_the_launcher_s_variables_and_leave():
-    run_in_processes(_join_by_environment, 2, distributed.free_port())
+@pytest.mark.parametrize(
+    ("variables", "rank_names"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ("RANK", "LOCAL_RANK")),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "1"}, ("SLURM_PROCID", "SLURM_LOCALID")),
+    ],
+)
+def test_processes_of_one_machine_join_by_the_launcher_s_variables_and_leave(variables, rank_names):
+    run_in_processes(_join_by_environment, 2, variables | {"MASTER_PORT": str(free_port())}, rank_names)

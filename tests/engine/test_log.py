@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from engine.errors import EngineError
-from engine.log import RunLog, peak_mib, say
+from engine.errors import EngineError, RunError
+from engine.log import RunLog, peak_mib, predicted_time, say
 
 ROW = {"epoch": 0, "step": 10, "loss": 2.5, "lr": 1e-4, "grad_norm": 3.0, "samples_per_s": 8.0}
 ROW |= {"data_wait": 0.25, "peak_mib": 100.0}
@@ -127,6 +127,26 @@ def test_a_progress_bar_is_shown_on_a_terminal_only(tmp_path, monkeypatch):
         log.advance()
         log.close()
         assert ("epoch 3" in stream.getvalue()) == shown
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    for name in ("log.txt", "metrics.jsonl", "run.json"):
+        (tmp_path / name).mkdir()
+    log = RunLog(tmp_path)
+    with pytest.raises(RunError, match=r"could not write .*log\.txt \(Is a directory\)"):
+        log.epoch({"epoch": 0})
+    with pytest.raises(RunError, match=r"could not write .*metrics\.jsonl"):
+        write(log)
+    with pytest.raises(RunError, match=r"could not write .*run\.json"):
+        log.write_run({}, {})
+    with pytest.raises(RunError, match=r"could not write .*log\.txt"):
+        log.rewind(epoch=0, global_step=0)
+
+
+def test_the_prediction_is_steps_times_seconds():
+    line = predicted_time(5000, 1.5, torch.device("cpu"))
+    assert re.fullmatch(r"predicted: 5000 steps x 1\.5 s = 2:05:00 per run, peak \d+ MiB", line)
+    assert "no step was taken" in predicted_time(5000, None, torch.device("cpu"))
 
 
 def test_say_is_one_line_on_stderr(capsys):

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from engine.backend import TorchBackend
+from engine.checkpoint import find_newest
 from engine.ema import ModelEMA
-from engine.errors import RunError
+from engine.errors import EngineError, RunError
 from engine.log import RunLog
-from engine.loop import RunPlan, fit
+from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_adamw, parameter_groups
 from engine.schedule import warmup_cosine
 from engine.weights import load_torch_file, read_state_dict
@@ -70,6 +71,7 @@ def train(folder, *, loss=loss_fn, loader=None, accumulation=1, resume_from=None
     loader = loader or Numbers(accumulation=accumulation)
     engine = backend(accumulation)
     schedule = warmup_cosine(0.1, 0.001, warmup_steps=2, total_steps=epochs * loader.steps_per_epoch)
+    position = None if resume_from is None else resume_position(engine, loader, resume_from)
     position = fit(
         engine,
         loader,
@@ -78,7 +80,7 @@ def train(folder, *, loss=loss_fn, loader=None, accumulation=1, resume_from=None
         RunPlan(epochs=epochs, output_dir=folder, **plan),
         RunLog(folder),
         evaluate=evaluate,
-        resume_from=resume_from,
+        position=position,
     )
     return engine, position, loader
 
@@ -195,6 +197,52 @@ def test_a_good_score_at_a_stop_inside_an_epoch_is_not_replaced_by_a_worse_one(t
     train(tmp_path, evaluate=scores(9.0), max_steps=2)
     train(tmp_path, evaluate=scores(1.0, 2.0, 3.0), resume_from=tmp_path / "checkpoint-step2")
     assert load_torch_file(tmp_path / "checkpoint-best" / "training_state.pth")["extra"]["global_step"] == 2
+
+
+def test_a_run_killed_between_rare_checkpoints_goes_on_from_its_best_one(tmp_path):
+    def killed(model, batch, step):
+        if step == 10:
+            raise KeyboardInterrupt
+        return loss_fn(model, batch, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss=killed, evaluate=scores(3.0, 9.0), epochs=5, save_every_epochs=5)
+    newest, _ = find_newest(tmp_path)
+    assert newest == tmp_path / "checkpoint-best"
+    _, position, loader = train(
+        tmp_path, evaluate=scores(1.0, 2.0, 3.0), epochs=5, save_every_epochs=5, resume_from=newest
+    )
+    assert loader.asked[0] == (2, 0)
+    assert position.best == 9.0
+    assert [row["epoch"] for row in rows(tmp_path / "log.txt")] == [0, 1, 2, 3, 4]
+    assert load_torch_file(tmp_path / "checkpoint-best" / "training_state.pth")["extra"]["global_step"] == 8
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    train(tmp_path, epochs=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = nn.Linear(3, 1)
+    groups = parameter_groups(other.named_parameters(), weight_decay=0.1)
+    stranger = TorchBackend(other, build_adamw(groups, lr=0.1), device=torch.device("cpu"))
+    with pytest.raises(EngineError, match="another model"):
+        resume_position(stranger, Numbers(), tmp_path / "checkpoint-0")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_time_per_step_is_that_of_a_later_interval_than_the_first(monkeypatch):
+    log = RunLog(None)
+    taken = []
+    interval = log.interval
+
+    def noted(row, **how):
+        taken.append(how["seconds_per_step"])
+        interval(row, **how)
+
+    monkeypatch.setattr(log, "interval", noted)
+    plan = RunPlan(epochs=1, output_dir=None, max_steps=2, log_every=1)
+    fit(backend(), Numbers(), loss_fn, warmup_cosine(0.1, 0.0, warmup_steps=0, total_steps=4), plan, log)
+    assert len(taken) == 2
+    assert log.seconds_per_step == taken[1] > 0
 
 
 def test_checkpoints_come_every_n_epochs_and_at_the_end(tmp_path):

@@ -2,6 +2,7 @@ import argparse
 import contextlib
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_the_harmless_objects_of_the_originals_load(tmp_path):
     torch.save(content, tmp_path / "w.pth")
     assert_is_state(read_state_dict(tmp_path / "w.pth"))
     assert load_torch_file(tmp_path / "w.pth")["best"] == 3.5
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_scalars_and_arrays_pickled_by_either_numpy_load(tmp_path, core):
+    content = {"model": STATE, "best": np.float64(3.5), "ids": np.arange(3)}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    pickled = (tmp_path / "w.pth").read_bytes()
+    renamed = re.sub(rb"numpy\._?core\.multiarray", b"numpy." + core + b".multiarray", pickled)
+    assert renamed.count(b"numpy." + core + b".multiarray") == 2
+    (tmp_path / "w.pth").write_bytes(renamed)
+    loaded = load_torch_file(tmp_path / "w.pth")
+    assert loaded["best"] == 3.5
+    assert loaded["ids"].tolist() == [0, 1, 2]
 
 
 def test_a_whole_pickled_module_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from models import layers
+from models import linear
 from models.beit3.beit3 import BEiT3, EncoderLayer, compile_layers, init_beit3_weights
 from models.beit3.config import BEiT3Config, StartValues
 from models.errors import ModelError
@@ -190,7 +190,7 @@ def test_stochastic_depth_leaves_the_first_layer_alone_and_drops_whole_samples()
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_numbers_and_keep_their_names(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layers, "_MIN_PRODUCTS_FOR_ONEDNN", 1)
+    monkeypatch.setattr(linear, "_MIN_PRODUCTS_FOR_ONEDNN", 1)
     plain = trunk(drop_path=0.3)
     compiled = copy.deepcopy(plain)
     compile_layers(compiled)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from torch import Tensor, nn
 
 from models.beit3.config import BEiT3Config
@@ -16,13 +17,21 @@ def config_of(recorded: dict[str, Any], *, normalize_output: bool | None = None)
         embed_dim=recorded["embed_dim"],
         num_layers=recorded["num_layers"],
         num_heads=recorded["num_heads"],
-        mlp_ratio=recorded["mlp_ratio"],
+        mlp_ratio=_mlp_ratio(recorded),
         vocab_size=recorded["vocab_size"],
         max_text_positions=recorded["max_source_positions"],
         normalize_output=recorded["normalize_output"] if normalize_output is None else normalize_output,
         layernorm_eps=recorded["layernorm_eps"],
         in_chans=recorded["in_chans"],
     )
+
+
+def _mlp_ratio(recorded: dict[str, Any]) -> int:
+    """Whole ratio of the widths; the recorded ratio may be a float."""
+    ratio, rest = divmod(recorded["ffn_dim"], recorded["embed_dim"])
+    if rest:
+        pytest.fail(f"ffn_dim {recorded['ffn_dim']} is no multiple of embed_dim {recorded['embed_dim']}")
+    return ratio
 
 
 def with_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> nn.Module:

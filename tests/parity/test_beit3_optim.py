@@ -8,9 +8,9 @@ import torch
 from engine.backend import TorchBackend
 from engine.optim import build_adamw, parameter_groups
 from engine.schedule import warmup_cosine
-from models.beit3.config import BEiT3Config
 from models.beit3.tasks import BEiT3ForCaptioning, BEiT3ForVisualQuestionAnswering, vqa_loss
 from run_beit3_finetuning import choose_rule
+from tests.parity.beit3_fixtures import config_of
 from tests.parity.fixture_files import load_fixture
 
 
@@ -21,17 +21,7 @@ def recording():
 
 def build(recording, task="vqav2"):
     sizes = recording["config"]
-    config = BEiT3Config(
-        image_size=sizes["img_size"],
-        patch_size=sizes["patch_size"],
-        embed_dim=sizes["embed_dim"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        mlp_ratio=sizes["mlp_ratio"],
-        vocab_size=sizes["vocab_size"],
-        max_text_positions=sizes["max_source_positions"],
-        normalize_output=task == "captioning",
-    )
+    config = config_of(sizes, normalize_output=task == "captioning")
     if task == "captioning":
         return BEiT3ForCaptioning(config)
     model = BEiT3ForVisualQuestionAnswering(config, sizes["num_classes"])

@@ -3,7 +3,7 @@
 import pytest
 
 from data.tokenizers.spm import SPACING, XLMRTokenizer
-from tests.parity.fixture_files import fixture_path, load_fixture
+from tests.parity.fixture_files import DEFAULT_FOLDER, fixture_path, load_fixture
 
 
 @pytest.fixture
@@ -20,10 +20,13 @@ def evaluation():
     return recorded, XLMRTokenizer(fixture_path(recorded["spm_file"]))
 
 
-def test_sizes_and_mask_id_equal_the_recorded_ones(beit3, evaluation):
+def test_sizes_and_mask_id_equal_the_recorded_beit3_ones(beit3):
     recorded, tokenizer = beit3
     assert tokenizer.vocab_size == recorded["config"]["vocab_size"]
     assert tokenizer.mask_id == recorded["config"]["mask_token_id"]
+
+
+def test_sizes_and_special_ids_equal_the_recorded_evaluation_ones(evaluation):
     recorded, tokenizer = evaluation
     special = recorded["special"]
     assert tokenizer.vocab_size == recorded["vocab_size"]
@@ -31,22 +34,28 @@ def test_sizes_and_mask_id_equal_the_recorded_ones(beit3, evaluation):
     assert (tokenizer.unk_id, tokenizer.mask_id) == (special["unk"], special["mask"])
 
 
-def test_encoded_ids_equal_the_recorded_ones(beit3, evaluation):
+def test_encoded_ids_equal_the_recorded_beit3_ones(beit3):
     recorded, tokenizer = beit3
     assert recorded["outputs"]["encode"]
     for row in recorded["outputs"]["encode"]:
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
+
+
+def test_encoded_ids_equal_the_recorded_evaluation_ones(evaluation):
     recorded, tokenizer = evaluation
     assert recorded["rows"]
     for row in recorded["rows"]:
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
 
 
-def test_decoded_captions_equal_the_recorded_ones(beit3, evaluation):
+def test_decoded_captions_equal_the_recorded_beit3_ones(beit3):
     recorded, tokenizer = beit3
     assert recorded["outputs"]["decode"]
     for row in recorded["outputs"]["decode"]:
         assert tokenizer.decode(row["ids"]) == row["text"]
+
+
+def test_decoded_captions_equal_the_recorded_evaluation_ones(evaluation):
     recorded, tokenizer = evaluation
     assert recorded["decode"]
     for row in recorded["decode"]:
@@ -72,12 +81,17 @@ def check_segment(tokenizer, tokens, row, expected):
     assert row["padding_mask"] == [0] * row["num_tokens"] + [1] * (row["max_len"] - row["num_tokens"])
 
 
-def test_segments_equal_the_recorded_ones(evaluation):
+def test_segments_equal_the_recorded_evaluation_ones(evaluation):
     recorded, tokenizer = evaluation
     assert recorded["segments"]
     for row in recorded["segments"]:
         check_segment(tokenizer, row["ids"], row, row["language_tokens"])
-    data = load_fixture("beit3_data.pt")
-    assert data["outputs"]["text_segments"]
-    for row in data["outputs"]["text_segments"]:
+
+
+def test_segments_equal_the_recorded_data_ones():
+    # any tokenizer does: the rows hold ids, and begin, padding and end have the same in all of them
+    tokenizer = XLMRTokenizer(DEFAULT_FOLDER / "evaluation_tokenizer.spm")
+    rows = load_fixture("beit3_data.pt")["outputs"]["text_segments"]
+    assert rows
+    for row in rows:
         check_segment(tokenizer, row["tokens"], row, row["ids"])

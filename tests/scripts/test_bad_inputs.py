@@ -185,6 +185,19 @@ def resume_of_the_latest_of_none(case):
     return case.train("--resume", "latest")
 
 
+@bad(r"/torn: model.pth has \d+ bytes instead of \d+; give another checkpoint")
+def resume_from_a_torn_checkpoint(case):
+    shutil.copytree(case.checkpoint, case.tmp / "torn")
+    whole = (case.tmp / "torn" / "model.pth").read_bytes()
+    (case.tmp / "torn" / "model.pth").write_bytes(whole[: len(whole) // 2])
+    return case.train("--resume", case.tmp / "torn")
+
+
+@bad(r"/checkpoint-step2.* was written by a run of another model")
+def resume_from_a_checkpoint_of_another_model(case):
+    return case.train("--resume", case.checkpoint, "--model", LARGER)
+
+
 # ---- index and images ----
 
 
@@ -325,7 +338,7 @@ def questions_given_as_annotations(case):
     return case.eval("--annotations", case.data / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json")
 
 
-@bad(r"no .*answer.* in .*own.jsonl")
+@bad(r"no question in .*own.jsonl has answers .*training needs lines such as")
 def own_training_data_without_answers(case):
     row = {"image": str(case.image_of(REST).relative_to(case.data)), "question": "what is it?"}
     return case.train("--train_file", case.file("own.jsonl", json.dumps(row) + "\n"))

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.files import resolve_inside
+from data.images import load_image
 from data.metrics.vqa import vqa_accuracy
+from data.transforms import EvalTransform
 from data.vqa_answers import AnswerVocabulary
 from engine.weights import load_torch_file, read_state_dict
 from scripts import beit3_vqa
 from scripts.program import run
-from tests.helpers import ROOT, run_in_processes
+from tests.helpers import ROOT, run_in_processes, run_program
 from tests.scripts.vqa_run import (
     LARGER,
     PATCH,
@@ -116,6 +121,41 @@ def test_a_finished_run_given_again_only_says_so(tmp_path, capsys):
     assert {name: value for name, value in tree(tmp_path).items() if not name.endswith("run.json")} == before
 
 
+def test_without_a_launcher_each_epoch_reads_the_same_questions_in_another_order(tmp_path, monkeypatch):
+    seen = _watch_forward(monkeypatch)
+    program(*train_flags(tmp_path, "--limit_samples", 8, "--epochs", 2, "--no_save_ckpt"))
+    read = [question for batch in seen if batch["training"] for question in batch["question_id"]]
+    first, second = read[:8], read[8:]
+    assert len(set(first)) == 8
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_validation_counts_every_question_once_under_the_evaluation_transform(tmp_path, monkeypatch):
+    seen = _watch_forward(monkeypatch)
+    augmented = ["--randaug", "--hflip", "--min_crop_scale", 0.5]
+    program(*train_flags(tmp_path, "--limit_samples", 7, "--eval_batch_size", 3, "--no_save_ckpt", *augmented))
+    rows = read_lines(drawn_data() / "vqa.rest_val.jsonl")[:7]
+    batches = [batch for batch in seen if not batch["training"]]
+    assert [len(batch["question_id"]) for batch in batches] == [3, 3, 1]
+    assert [question for batch in batches for question in batch["question_id"]] == [row["qid"] for row in rows]
+    paths = [resolve_inside(drawn_data(), row["image_path"]) for row in rows]
+    plain = torch.stack([EvalTransform(SIDE)(load_image(path)) for path in paths])
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), plain)
+
+
+def _watch_forward(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Every batch that the model is given from now on, with whether it is one of training."""
+    seen, original = [], beit3_vqa._forward
+
+    def forward(model, batch):
+        seen.append({**batch, "training": model.training})
+        return original(model, batch)
+
+    monkeypatch.setattr(beit3_vqa, "_forward", forward)
+    return seen
+
+
 # ---- resume, bitwise ----
 
 # 48 questions, 4 x 2 a step: 6 steps an epoch, 12 in all; every source of randomness is on
@@ -177,6 +217,21 @@ def test_a_run_that_left_no_checkpoint_starts_anew_and_keeps_its_older_log_aside
     assert [row["epoch"] for row in read_lines(tmp_path / "log.txt.old")] == [0]
 
 
+def test_a_resumed_run_keeps_the_best_score_and_the_best_checkpoint_can_be_resumed(tmp_path, monkeypatch, capsys):
+    scores = iter([50.0, 45.0, 40.0, 60.0])
+    monkeypatch.setattr(beit3_vqa, "evaluate", lambda *_, **__: {"score": next(scores)})
+    argv = train_flags(tmp_path, "--limit_samples", 8, "--epochs", 2, "--save_ckpt_freq", 1)
+    program(*argv, "--max_steps", "3")  # the first epoch has 50, the stop inside the second 45
+    best = tree(tmp_path / "checkpoint-best")
+    program(*argv)  # 40
+    assert tree(tmp_path / "checkpoint-best") == best
+    assert "done after 4 steps; best validation score 50.00" in capsys.readouterr().err
+    program(*argv, "--resume", str(tmp_path / "checkpoint-best"))  # 60
+    err = capsys.readouterr().err
+    assert f"resumed from {tmp_path / 'checkpoint-best'}: epoch 1, step 2" in err
+    assert "done after 4 steps; best validation score 60.00" in err
+
+
 def test_a_resume_with_another_answer_list_is_refused(tmp_path, capsys):
     own = [write_own(tmp_path / f"own{count}.jsonl", count) for count in (30, 60)]
     argv = train_flags(tmp_path / "run", "--max_steps", 1, "--train_file")
@@ -201,6 +256,24 @@ def test_a_resume_takes_the_vocabulary_size_of_its_checkpoint(tmp_path, capsys):
 def _call_each(rank: int, calls: list[list[str]]) -> None:
     for argv in calls:
         program(*argv)
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+def test_torchs_launchers_start_two_processes(tmp_path, launcher):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = ["-m", launcher, "--nproc_per_node=2", f"--master_port={port}", "run_beit3_finetuning.py"]
+    more = ["--max_steps", "1", "--limit_samples", "16", "--dist_timeout", "120"]
+    done = run_program(*start, *train_flags(tmp_path, *more))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done after 1 steps") == 1  # the main process alone speaks
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["samples_per_step"] == 8
+    # torch.distributed.launch hands --local-rank to the program, torchrun (torch.distributed.run) the environment alone
+    assert record["arguments"]["local_rank"] == (0 if launcher.endswith("launch") else -1)
+    saved = {path.name for path in (tmp_path / "checkpoint-step1").iterdir()}
+    assert saved >= {"model.pth", "rng-rank0.pth", "rng-rank1.pth"}
 
 
 def test_two_processes_resume_bitwise_inside_an_epoch(tmp_path):
@@ -285,6 +358,23 @@ def test_annotations_give_the_official_accuracy_over_all_questions(tmp_path, spl
     assert f"official VQA accuracy {result['official']['overall']:.2f}" in out
 
 
+def test_an_evaluation_reads_no_other_files_than_those_of_its_split(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("vqa.rest_val.jsonl", "beit3.spm"):  # the answer list is in the checkpoint's folder
+        shutil.copy(drawn_data() / name, data)
+    (data / "val2014").symlink_to(drawn_data() / "val2014")
+    program(*eval_flags(trained_checkpoint(), tmp_path / "eval", "--eval_split", "val", data=data))
+    entries = json.loads((tmp_path / "eval" / "submit_vqav2_val.json").read_text())
+    assert Counter(entry["question_id"] for entry in entries) == Counter(question_ids("vqa.rest_val.jsonl"))
+
+
+def test_an_evaluation_says_that_resume_has_no_effect(tmp_path, capsys):
+    more = ["--limit_samples", 1, "--resume", tmp_path / "absent"]
+    program(*eval_flags(trained_checkpoint(), tmp_path / "eval", "--eval_split", "val", *more))
+    assert "note: --resume has no effect" in capsys.readouterr().err
+
+
 def test_shuffled_images_change_the_image_of_every_question(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(beit3_vqa, "BEiT3VQADataset", _recorder(seen, beit3_vqa.BEiT3VQADataset))
@@ -351,6 +441,14 @@ def test_fine_tuning_starts_from_a_folder_its_weights_file_or_a_safetensors_copy
     err = capsys.readouterr().err
     assert f"loaded {len(state)} weights from {weights}" in err
     assert "NEWLY INITIALISED" not in err
+
+
+def test_fine_tuning_starts_from_the_moving_average_of_a_checkpoint(tmp_path):
+    program(*train_flags(tmp_path / "first", "--max_steps", 3, "--model_ema", "--model_ema_decay", 0.5))
+    folder = tmp_path / "first" / "checkpoint-step3"
+    average = read_state_dict(folder / "model_ema.pth")
+    assert differences(average, read_state_dict(folder))
+    assert differences(_still_run(tmp_path / "second", folder / "model_ema.pth"), average) == []
 
 
 def test_an_evaluation_finds_the_answer_list_beside_a_weights_file_of_a_checkpoint(tmp_path):

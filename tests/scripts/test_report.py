@@ -470,3 +470,13 @@ def test_an_input_error_is_one_line_and_exit_code_two(program, tmp_path, monkeyp
         run(program.main)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", [draw_scenes, make_report, train_sentencepiece])
+def test_a_mistake_in_the_flags_is_one_line_and_exit_code_two(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--no_such_flag"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line
+    assert line.endswith("(see --help)")
