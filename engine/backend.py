@@ -216,7 +216,10 @@ class TorchBackend:
         names, saved_names = ([group.get("name") for group in groups] for groups in self._both_groups(state))
         if names != saved_names:
             raise ValueError(f"its parameter groups are {saved_names}, here {names}")
-        settings = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
+        # not the rate: the schedule sets it at every step, and a run without steps left keeps what it had
+        settings = [
+            {key: group[key] for key in group if key not in ("params", "lr")} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
@@ -240,5 +243,5 @@ def _load_matching(load: Callable[[Any], Any], state: Any, folder: Path) -> None
     except (RuntimeError, ValueError, KeyError) as error:
         raise EngineError(
             f"{folder} was written by a run of another model or other parameter groups "
-            f"({str(error).splitlines()[0]}): give the same flags, or another --output_dir"
+            f"({str(error).splitlines()[0].rstrip(' :')}): give the same flags, or another --output_dir"
         ) from None
