@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.vqa_index import ANSWER_FILE
 
 CONFIG_FILE = "config.json"
-ANSWER_FILE = "answer2label.txt"
 TOKENIZER_FILE = "beit3.spm"
 
 

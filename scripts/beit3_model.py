@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from data.errors import DataError
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
+from data.vqa_index import ANSWER_FILE
 from engine.log import say
 from engine.weights import read_state_dict
 from models.beit3.config import VOCAB_SIZE, beit3_config
@@ -15,7 +16,7 @@ from models.beit3.loading import load_rule, prepare_beit3_state_dict
 from models.beit3.tasks import build_beit3
 from models.errors import ModelError
 from models.loading import load_weights
-from scripts.beit3_checkpoint import ANSWER_FILE, checkpoint_folder, read_checkpoint_config
+from scripts.beit3_checkpoint import checkpoint_folder, read_checkpoint_config
 
 _TEXT_ROWS = "beit3.text_embed.weight"
 _OUTPUT_LAYER = ("head.3.weight", "head.3.bias")  # one row for each answer

@@ -21,22 +21,23 @@ from typing import Any
 
 from data.errors import DataError
 from scripts.arguments import OneLineParser
+from scripts.beit3_args import DEFAULT_DATA_FOLDERS
+from scripts.beit3_checkpoint import TOKENIZER_FILE
 from scripts.program import run
 
-DEFAULT_DATA_PATHS = ("data/vqav2", "dataset")
-MODEL_NAME = "beit3.spm"
+DATA_FOLDERS = DEFAULT_DATA_FOLDERS["vqav2"]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", nargs="?", choices=sorted(DATASETS), help="which index; found from the files if left out")
-    p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(DEFAULT_DATA_PATHS)}")
+    p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(DATA_FOLDERS)}")
     p.add_argument(
         "--annotation_path", help="folder of the official JSON files; default: --data_path and its usual ones"
     )
     p.add_argument("--output_path", help="folder for the index files; default: --data_path, where training looks")
-    p.add_argument("--sentencepiece_model", help=f"default: ./{MODEL_NAME}, then {MODEL_NAME} in --data_path")
+    p.add_argument("--sentencepiece_model", help=f"default: ./{TOKENIZER_FILE}, then {TOKENIZER_FILE} in --data_path")
     p.add_argument("--seed", type=int, default=42, help="vqav2: of the choice of the rest_val images (%(default)s)")
     p.add_argument(
         "--num_rest_val_images", type=int, default=1000, help="vqav2: images of the own validation split (%(default)s)"
@@ -240,7 +241,7 @@ DATASETS = {
 
 def _data_path(args: argparse.Namespace) -> Path:
     """The folder given, else the first default place that is a folder."""
-    places = [args.data_path] if args.data_path else DEFAULT_DATA_PATHS
+    places = [args.data_path] if args.data_path else DATA_FOLDERS
     for place in places:
         if Path(place).is_dir():
             return Path(place)
@@ -251,7 +252,7 @@ def _data_path(args: argparse.Namespace) -> Path:
 def _tokenizer(data_path: Path, args: argparse.Namespace) -> "XLMRTokenizer":  # noqa: F821 (imported late, for --help)
     from data.tokenizers.spm import WAY_OUT, XLMRTokenizer
 
-    places = [args.sentencepiece_model] if args.sentencepiece_model else [MODEL_NAME, data_path / MODEL_NAME]
+    places = [args.sentencepiece_model] if args.sentencepiece_model else [TOKENIZER_FILE, data_path / TOKENIZER_FILE]
     for place in places:
         if Path(place).is_file():
             return XLMRTokenizer(place)

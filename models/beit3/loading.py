@@ -6,7 +6,6 @@ Difference: the original prints what does not fit and goes on with random values
 is allowed.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,22 +60,19 @@ def load_rule(task: str, *, for_training: bool) -> LoadRule:
 
 
 def prepare_beit3_state_dict(
-    checkpoint: Mapping[str, Any], config: BEiT3Config, *, model_key: str = "model|module", model_prefix: str = ""
+    state: Mapping[str, Tensor], config: BEiT3Config, *, model_prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Select the weights in a checkpoint and fit its image positions to the model's size.
+    """Take the prefix off a checkpoint's names and fit its image positions to the model's size.
 
     Args:
-        checkpoint: content of the file.
+        state: name -> tensor, as read from the file.
         config: of the model to be loaded.
-        model_key: names, separated by ``|``, of which the first present selects the weights; without any the file
-            itself is them.
         model_prefix: the names in the file begin with this, the model's do not.
 
     Raises:
         ModelError: if the file is of another family, its position table is not of a square image, or its vocabulary
             is another one.
     """
-    state = _select(checkpoint, model_key)
     if model_prefix:
         prefix = model_prefix if model_prefix.endswith(".") else f"{model_prefix}."
         if not any(name.startswith(prefix) for name in state):
@@ -96,23 +92,6 @@ def prepare_beit3_state_dict(
     if _IMAGE_POSITIONS in state:
         state[_IMAGE_POSITIONS] = resize_pos_embed(state[_IMAGE_POSITIONS], config.grid, _NUM_PREFIX)
     return state
-
-
-def image_size_of(state: Mapping[str, Tensor], patch_size: int = 16) -> int:
-    """Image side in pixels that a checkpoint was trained at, read from its position table."""
-    return math.isqrt(state[_IMAGE_POSITIONS].shape[0] - _NUM_PREFIX) * patch_size
-
-
-def _select(checkpoint: Mapping[str, Any], model_key: str) -> Mapping[str, Any]:
-    for key in model_key.split("|"):
-        if key in checkpoint:
-            if not isinstance(checkpoint[key], Mapping):
-                raise ModelError(
-                    f"the checkpoint's entry {key!r} is a {type(checkpoint[key]).__name__}, not a set of weights: "
-                    f"name the entry that is with --model_key"
-                )
-            return checkpoint[key]
-    return checkpoint
 
 
 def _refuse_other_family(state: Mapping[str, Any]) -> None:

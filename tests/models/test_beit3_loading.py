@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.beit3.config import BEiT3Config
-from models.beit3.loading import image_size_of, load_rule, prepare_beit3_state_dict
+from models.beit3.loading import load_rule, prepare_beit3_state_dict
 from models.beit3.tasks import BEiT3ForCaptioning, BEiT3ForVisualQuestionAnswering
 from models.errors import ModelError
 from models.loading import load_weights
@@ -26,18 +26,6 @@ def pretrained() -> dict[str, Tensor]:
     """What a pre-training file holds: trunk with final norm, word head, image head."""
     state = BEiT3ForCaptioning(config(normalize_output=True)).state_dict()
     return {**state, "mim_head.weight": torch.zeros(2, 2), "mim_head.bias": torch.zeros(2)}
-
-
-@pytest.mark.parametrize("key", ["model", "module"])
-def test_weights_are_found_under_the_usual_keys(key: str):
-    state = vqa().state_dict()
-    assert prepare_beit3_state_dict({key: state, "epoch": 3}, config()) == state
-
-
-def test_the_first_key_that_is_present_wins():
-    state = vqa().state_dict()
-    checkpoint = {"module": state, "model": {"beit3.other": torch.zeros(1)}}
-    assert prepare_beit3_state_dict(checkpoint, config(), model_key="module|model") == state
 
 
 def test_a_bare_state_dict_is_taken_as_it_is():
@@ -63,9 +51,8 @@ def test_names_behind_a_wrapper_get_the_flag_to_use():
 
 
 def test_a_checkpoint_of_another_image_size_loads_into_a_larger_model():
-    state = prepare_beit3_state_dict({"model": vqa(32).state_dict()}, config(64))
+    state = prepare_beit3_state_dict(vqa(32).state_dict(), config(64))
     assert state[POSITIONS].shape[0] == 3 + 16
-    assert image_size_of(state) == 64
     load_weights(vqa(64), state)
 
 
@@ -99,19 +86,14 @@ def test_another_vocabulary_names_both_numbers():
 )
 def test_a_checkpoint_of_another_family_is_named(name: str, family: str):
     with pytest.raises(ModelError, match=f"not a BEiT-3 checkpoint.*{family}") as error:
-        prepare_beit3_state_dict({"model": {name: torch.zeros(1)}}, config())
+        prepare_beit3_state_dict({name: torch.zeros(1)}, config())
     assert name in str(error.value)
-
-
-def test_an_entry_under_the_key_that_is_no_dict_is_refused():
-    with pytest.raises(ModelError, match="'model' is a str"):
-        prepare_beit3_state_dict({"model": "path"}, config())
 
 
 def test_training_from_a_pretraining_file_starts_new_heads_and_reports_them():
     model = vqa()
     rule = load_rule("vqav2", for_training=True)
-    report = load_weights(model, prepare_beit3_state_dict({"model": pretrained()}, config()), **vars(rule))
+    report = load_weights(model, prepare_beit3_state_dict(pretrained(), config()), **vars(rule))
     heads = {name for name in model.state_dict() if name.startswith(("pooler.", "head."))}
     assert set(report.newly_initialised) == heads
     assert {name.split(".")[0] for name in report.ignored} == {"beit3", "mlm_head", "mim_head"}

@@ -222,5 +222,5 @@ def test_preparing_a_checkpoint_resizes_its_position_table():
     name = "beit3.encoder.embed_positions.A.weight"
     for case in load_fixture("beit3_pos_embed_interp.pt")["outputs"]["cases"]:
         config = BEiT3Config(image_size=case["to_grid"] * case["patch_size"], patch_size=case["patch_size"])
-        state = prepare_beit3_state_dict({"model": {name: case["input"]}}, config)
+        state = prepare_beit3_state_dict({name: case["input"]}, config)
         assert_close(state[name], case["output"], **LOGITS)
