@@ -79,7 +79,7 @@ def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> Answer
     Labels follow the first appearance. Every entry of every "answers" counts; lines without answers are passed over.
 
     Raises:
-        DataError: no answer is left, or a line is unusable (file and line are named).
+        DataError: no answer is left, or a line is unusable, such as one with an unknown key (file and line are named).
     """
     counts: Counter[str] = Counter()
     names = []
@@ -89,13 +89,12 @@ def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> Answer
             where = f"{path}:{number}"
             if "image_path" in row:
                 raise DataError(f"{where}: an index line has labels, not answers: use its answer2label.txt")
+            _check_keys(row, where)
             counts.update(map(own_answer, _answers(row, where) or ()))
     kept = [answer for answer, count in counts.items() if count >= min_count]
     if not kept:
-        raise DataError(
-            f"no question in {', '.join(names)} has answers (wanted: {min_count} of one at least): "
-            f"training needs lines such as {SCHEMA}"
-        )
+        wanted = "answers" if min_count == 1 else f"an answer that is given at least {min_count} times"
+        raise DataError(f"no question in {', '.join(names)} has {wanted}: training needs lines such as {SCHEMA}")
     return AnswerVocabulary(kept, source=", ".join(names))
 
 
@@ -123,9 +122,7 @@ def own_targets(answers: list[str], vocabulary: AnswerVocabulary) -> tuple[list[
 def _own_record(
     row: dict, *, number: int, where: str, tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None
 ) -> VQARecord:
-    unknown = sorted(row.keys() - OWN_KEYS)
-    if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; a line is {SCHEMA}, with an optional question_id")
+    _check_keys(row, where)
     image = check_relative(row.get("image"), f'{where}: "image"')
     question = row.get("question")
     if type(question) is not str or not question.strip():
@@ -147,6 +144,12 @@ def _own_record(
             raise DataError(f"{where}: the line has answers, but there is no answer list to number them by")
         labels, scores = own_targets(answers, vocabulary)
     return VQARecord(image, tuple(tokens), tuple(labels), tuple(scores), question_id)
+
+
+def _check_keys(row: dict, where: str) -> None:
+    unknown = sorted(row.keys() - OWN_KEYS)
+    if unknown:
+        raise DataError(f"{where}: unknown key {unknown[0]!r}; a line is {SCHEMA}, with an optional question_id")
 
 
 def _answers(row: dict, where: str) -> list[str] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.files import check_relative, iterate_jsonl
+from data.files import check_relative, iterate_jsonl, read_json, write_json_atomic
 
 ANSWER_FILE = "answer2label.txt"
 SPLIT_FILES = {  # what training and evaluation read
@@ -24,6 +24,25 @@ MAY_BE_EMPTY = ("vqa.trainable_val.jsonl", *UNLABELLED_FILES.values())
 ADVICE = "run scripts/make_index.py vqav2 --data_path DIR --sentencepiece_model beit3.spm first"
 ONLY_INT = frozenset((int,))
 NUMBERS = frozenset((int, float))
+
+
+def write_tokenizer_stamp(folder: Path, index: str, fingerprint: str) -> None:
+    """Note beside an index (``vqa``, ``coco_captioning``) which tokenizer its ids belong to."""
+    write_json_atomic(folder / f"{index}.tokenizer.json", {"sha256": fingerprint})
+
+
+def check_tokenizer_stamp(folder: Path, index: str, fingerprint: str) -> None:
+    """Refuse an index made with another tokenizer; one without a note (the original's) is taken as it is.
+
+    Raises:
+        DataError: the note names another tokenizer.
+    """
+    path = folder / f"{index}.tokenizer.json"
+    if path.is_file() and read_json(path).get("sha256") != fingerprint:
+        raise DataError(
+            f"the index {index}.*.jsonl in {folder} was made with another sentencepiece model than the one in use: "
+            "give that one by --sentencepiece_model, or run scripts/make_index.py again with this one"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,10 @@ def read_state_dict(path: str | Path, *, model_key: str = "model|module") -> dic
     if path.is_dir():
         found = [path / name for name in FOLDER_FILES if (path / name).exists()]
         if not found:
+            inside = sorted(path.glob("checkpoint-*"))
+            if inside:
+                best = path / "checkpoint-best"
+                raise EngineError(f"{path} is the folder of a run: give {best if best in inside else inside[-1]}")
             raise EngineError(f"{path} holds no weights: looked for {', '.join(FOLDER_FILES)}")
         path = found[0]
     _check_is_file(path)

@@ -9,9 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+from typing import TYPE_CHECKING
 
 from scripts.arguments import HelpFormatter, OneLineParser, positive_int
 from scripts.beit3_args import RECIPES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.tokenizers.spm import XLMRTokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from data.errors import DataError
-    from data.images import load_image
     from data.tokenizers.spm import XLMRTokenizer
     from data.transforms import EvalTransform, normalize
     from engine import distributed
@@ -52,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if not Path(args.checkpoint).exists():
         raise DataError(f"--checkpoint {args.checkpoint}: no such file or folder")
+    picture = read_picture(args.image)
     config = read_checkpoint_config(args.checkpoint)
     name = args.model or config.get("model")
     spm = args.sentencepiece_model or str((checkpoint_folder(args.checkpoint) or Path()) / TOKENIZER_FILE)
@@ -61,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"{args.checkpoint} does not say its {flag.removeprefix('--')}: give {flag}")
     if not Path(spm).is_file():
         raise DataError(f"no sentencepiece model at {spm}: give --sentencepiece_model")
-    device = distributed.init(args.device)
     tokenizer = XLMRTokenizer(spm)
+    max_tokens = config.get("num_max_bpe_tokens", RECIPES["vqav2", "base"]["num_max_bpe_tokens"])
+    texts = [question_tokens(question, tokenizer, max_tokens) for question in args.question]
+    device = distributed.init(args.device)
     choice = ModelChoice(name=name, task="vqav2", weights=args.checkpoint, model_key=args.model_key)
     model = build_model(choice, tokenizer, len(answers), for_training=False).to(device).eval()
-    image = normalize(EvalTransform(model.config.image_size)(load_image(args.image)).unsqueeze(0).to(device))
-    max_tokens = config.get("num_max_bpe_tokens", RECIPES["vqav2", "base"]["num_max_bpe_tokens"])
-    for question in args.question:
-        tokens = tokenizer.build_segment(tokenizer.encode(question), max_tokens)
+    image = normalize(EvalTransform(model.config.image_size)(picture).unsqueeze(0).to(device))
+    for question, tokens in zip(args.question, texts, strict=True):
         with torch.inference_mode():
             logits = model(image, torch.tensor([tokens], device=device))
         top = top_answers(logits[0], answers, args.top)
@@ -77,6 +83,49 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(question)
             print("\n".join(f"{probability:8.1%}  {answer}" for answer, probability in top))
+
+
+def read_picture(path: str) -> "np.ndarray":
+    """Pixels of the picture to ask about, (H, W, 3) uint8 RGB.
+
+    Raises:
+        DataError: a missing or unreadable file; names --image and the reason.
+    """
+    from data.errors import DataError
+    from data.images import decode_image
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"--image {path}: {error.strerror or error}") from None
+    try:
+        return decode_image(content, path)
+    except DataError as error:  # ends in advice about an index, and there is none here
+        reason = str(error).removeprefix(f"cannot read image {path}: ")
+        raise DataError(f"--image {path}: {reason.rpartition('; ')[0] or reason}") from None
+
+
+def question_tokens(question: str, tokenizer: "XLMRTokenizer", max_tokens: int) -> list[int]:
+    """Model input of one question, at most ``max_tokens`` ids; says on stderr when it had to be cut.
+
+    Raises:
+        DataError: an empty question or one that is no proper text; names --question.
+    """
+    from data.errors import DataError
+
+    try:
+        tokens = tokenizer.encode(question)
+    except DataError as error:
+        raise DataError(f"--question {question!r:.80}: {error}") from None
+    if not tokens:
+        raise DataError(f"--question {question!r:.80} is empty: give a question in quotes")
+    room = max_tokens - 2  # begin and end
+    if len(tokens) > room:
+        print(
+            f"warning: --question {question!r:.80} has {len(tokens)} tokens, only the first {room} are read",
+            file=sys.stderr,
+        )
+    return tokenizer.build_segment(tokens, max_tokens)
 
 
 if __name__ == "__main__":

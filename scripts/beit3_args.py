@@ -341,10 +341,8 @@ def _find_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     is_address = args.finetune.startswith(("http:", "https:"))
     if args.finetune and not is_address and not unused and not Path(args.finetune).exists():
         if args.finetune_is_default:
-            parser.error(
-                f"no weights at {args.finetune}: give --finetune FILE (sources: docs/datasets.md), "
-                "or --finetune '' for random weights"
-            )
+            or_random = "" if args.eval else ", or --finetune '' for random weights"
+            parser.error(f"no weights at {args.finetune}: give --finetune FILE (sources: docs/datasets.md){or_random}")
         parser.error(f"--finetune {args.finetune}: no such file or folder")
     if is_address:
         parser.error("--finetune takes a file or folder: nothing is downloaded at run time; fetch the file first")

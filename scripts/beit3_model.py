@@ -55,6 +55,7 @@ def build_model(
         EngineError: the weights cannot be read.
         ModelError: unknown name, or weights that do not fit.
     """
+    _check_same_model(choice)
     weights = "" if choice.resume_from else choice.weights
     state = read_state_dict(weights, model_key=choice.model_key) if weights else None
     new_output = _is_of_other_answers(choice, for_training=for_training)
@@ -114,6 +115,16 @@ def _output_rows(state: dict[str, Tensor]) -> int | None:
     """Number of answers that the weights' own output layer has; None without one."""
     rows = [value.shape[0] for name, value in state.items() if name.endswith(_OUTPUT_LAYER[0]) and value.ndim == 2]
     return rows[0] if rows else None
+
+
+def _check_same_model(choice: ModelChoice) -> None:
+    """Say which model a checkpoint is of before the wrong one is built."""
+    saved = read_checkpoint_config(choice.resume_from or "").get("model")
+    if saved is not None and saved.removesuffix(f"_{choice.task}") != choice.name.removesuffix(f"_{choice.task}"):
+        raise DataError(
+            f"cannot resume: {choice.resume_from} is of {saved}, this run is of {choice.name}; give --model {saved}, "
+            "or another --output_dir"
+        )
 
 
 def _is_of_other_answers(choice: ModelChoice, *, for_training: bool) -> bool:

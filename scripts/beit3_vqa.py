@@ -21,7 +21,7 @@ from data.randaugment import RandAugment
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform, TrainTransform, normalize
 from data.vqa_answers import AnswerVocabulary
-from data.vqa_index import SPLIT_FILES, VQARecord, read_vqav2_split
+from data.vqa_index import ANSWER_FILE, SPLIT_FILES, VQARecord, check_tokenizer_stamp, read_vqav2_split
 from engine import distributed
 from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
 from engine.log import peak_mib, say
@@ -29,6 +29,7 @@ from models.beit3.tasks import vqa_loss
 from scripts.beit3_model import find_answers
 
 NUM_TOP_ANSWERS = 5
+LABELLED_SPLITS = ("train", "val", "val2014")
 
 
 def load_labels(args: argparse.Namespace) -> AnswerVocabulary:
@@ -57,6 +58,8 @@ def read_split(
     elif split == "val" and args.val_file:
         records = read_vqa_file(args.val_file, tokenizer, answers)
     elif split in SPLIT_FILES:
+        check_tokenizer_stamp(Path(args.data_path), "vqa", tokenizer.fingerprint)
+        _check_index_answers(args, split, answers)
         records = read_vqav2_split(
             args.data_path, split, len(answers), tokenizer.vocab_size, with_unlabelled=bool(args.annotations)
         )
@@ -68,6 +71,17 @@ def read_split(
     if not args.skip_broken_images:
         check_images_exist((record.image_path for record in records), Path(args.data_path))
     return records
+
+
+def _check_index_answers(args: argparse.Namespace, split: str, answers: AnswerVocabulary) -> None:
+    """Labels in an index number the answers of the list beside it: another list would score other answers."""
+    path = Path(args.data_path) / ANSWER_FILE
+    if split in LABELLED_SPLITS and path.is_file() and AnswerVocabulary.load(path).answers != answers.answers:
+        raise DataError(
+            f"the labels of the index in {args.data_path} belong to its {ANSWER_FILE}, which is another answer list "
+            f"than the model's ({len(answers)} answers): build an index with the model's list, or give the questions "
+            "as a .jsonl file with answers"
+        )
 
 
 def build_loader(
@@ -249,6 +263,8 @@ def run_evaluation(
         result["score"] = round(100 * sum(predictions[index]["score"] for index in labelled) / len(labelled), 4)
         result["labelled_questions"] = len(labelled)
         print(f"score {result['score']:.2f} over {len(labelled)} labelled questions")
+    else:
+        print("no score: no question of this split has a known answer")
     if annotations is not None:
         result["official"] = vqa_accuracy(chosen, annotations).official()
         _print_official(result["official"])

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from data.drawn_scenes import annotation_records, draw_splits, question_records, write_drawn_vqav2
 
+    _check_output(args.output)
     settings = {name: getattr(args, name) for name in ("num_train", "num_val", "num_test", "seed")}
     start = time.perf_counter()
     images = draw_splits(
@@ -55,6 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     texts = {r["question_id"]: r["question"] for s in ("train2014", "val2014") for r in question_records(images[s])}
     _print_answers(train + val)
     _print_priors(train, val, texts)
+
+
+def _check_output(folder: Path) -> None:
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise DataError(f"--output {folder}: {nearest} is a file, not a folder: give another --output")
 
 
 def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:

@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     data_path = _data_path(args)
     names = [args.dataset] if args.dataset else [n for n, d in DATASETS.items() if d.is_there(data_path, args)]
     if not names:
+        if args.check:
+            folder = args.output_path or data_path
+            raise DataError(f"no index in {folder} yet: run python scripts/make_index.py --data_path {data_path} first")
         wanted = "; ".join(f"{name}: {dataset.signs}" for name, dataset in DATASETS.items())
         raise DataError(
             f"no known data set in {data_path} ({wanted}): give --data_path, and --annotation_path if apart"
@@ -69,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
     """Write the VQA v2 index and print what was found, written and left out."""
+    from data.vqa_index import write_tokenizer_stamp
     from data.vqav2 import build_vqav2_index
 
     output_path = Path(args.output_path or data_path)
@@ -85,6 +89,7 @@ def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
         num_rest_val_images=args.num_rest_val_images,
         progress=_progress,
     )
+    write_tokenizer_stamp(output_path, "vqa", tokenizer.fingerprint)
     _print_summary(summary, output_path, existing)
     print(f"  {summary.num_answers} answers (the published VQA weights have 3129), seed of rest_val {args.seed}")
 
@@ -96,11 +101,20 @@ def check_vqav2(data_path: Path, args: argparse.Namespace) -> None:
         DataError: a bad line, no index at all, or images that are missing (after the counts are printed).
     """
     from data.vqa_answers import AnswerVocabulary
-    from data.vqa_index import ADVICE, ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES, read_vqa_index
+    from data.vqa_index import (
+        ADVICE,
+        ANSWER_FILE,
+        MAY_BE_EMPTY,
+        SPLIT_FILES,
+        check_tokenizer_stamp,
+        read_vqa_index,
+    )
 
     folder = Path(args.output_path or data_path)
     vocabulary = AnswerVocabulary.load(folder / ANSWER_FILE)
-    vocab_size = _tokenizer(data_path, args).vocab_size
+    tokenizer = _tokenizer(data_path, args)
+    check_tokenizer_stamp(folder, "vqa", tokenizer.fingerprint)
+    vocab_size = tokenizer.vocab_size
     print(f"vqav2: {folder / ANSWER_FILE}: {len(vocabulary)} answers")
     needed = {*SPLIT_FILES["train"], *SPLIT_FILES["val"]}
     others = {"vqa.val.jsonl", *SPLIT_FILES["test"], *SPLIT_FILES["test-dev"], *MAY_BE_EMPTY}
@@ -121,12 +135,14 @@ def check_vqav2(data_path: Path, args: argparse.Namespace) -> None:
 def build_coco_captioning(data_path: Path, args: argparse.Namespace) -> None:
     """Write the index of COCO captions and print what was found, written and left out."""
     from data.coco_captions import build_coco_captioning_index
+    from data.vqa_index import write_tokenizer_stamp
 
     output_path = Path(args.output_path or data_path)
     existing = {path.name for path in output_path.glob("*")}
     tokenizer = _tokenizer(data_path, args)
     print(f"coco_captioning: reading the captions below {args.annotation_path or data_path}", flush=True)
     summary = build_coco_captioning_index(data_path, args.annotation_path, tokenizer, output_path, progress=_progress)
+    write_tokenizer_stamp(output_path, "coco_captioning", tokenizer.fingerprint)
     _print_summary(summary, output_path, existing)
 
 
@@ -215,19 +231,19 @@ def _has_captions(data_path: Path, args: argparse.Namespace, official: tuple[str
 
 DATASETS = {
     "vqav2": Dataset(
-        "v2_OpenEnded_mscoco_train2014_questions.json, or answer2label.txt for --check",
+        "v2_OpenEnded_mscoco_train2014_questions.json",
         _has_vqav2,
         build_vqav2,
         check_vqav2,
     ),
     "coco_captioning": Dataset(
-        "dataset_coco.json, or coco_captioning.train.jsonl for --check",
+        "dataset_coco.json",
         partial(_has_captions, official=("dataset_coco.json",), index="coco_captioning.*.jsonl"),
         build_coco_captioning,
         partial(check_captions, name="coco_captioning", splits=("train", "val", "test")),
     ),
     "nocaps": Dataset(
-        "nocaps_val_4500_captions.json, or nocaps.val.jsonl for --check",
+        "nocaps_val_4500_captions.json",
         partial(
             _has_captions,
             official=("nocaps_val_4500_captions.json", "nocaps_test_image_info.json"),

@@ -7,12 +7,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from data.files import read_json, read_jsonl, write_json_atomic
 from data.vqav2 import ANNOTATION_PLACES, IMAGE_PLACES
 from scripts.arguments import OneLineParser
 from scripts.program import run
+
+if TYPE_CHECKING:
+    from scripts.report.curves import RunLog
 
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 ANSWER_KEYS = {"answer_type": str, "question_type": str, "multiple_choice_answer": str}
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.max_cards < 1:
         raise DataError(f"--max_cards must be at least 1, got {args.max_cards}")
+    output = args.output or args.run
+    log = read_log(args.run, output)
     predictions_file = args.predictions or args.run / f"submit_vqav2_{args.split}.json"
     top_file = args.top_answers or predictions_file.with_name(f"top_answers_vqav2_{args.split}.jsonl")
     answers = read_predictions(predictions_file)
@@ -76,16 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         columns["Shuffled images"] = {qid: shuffled[qid] for qid in answers}
     names = [name for name in COLUMNS if name in columns]
     table, scores = score_table({name: columns[name] for name in names}, split)
+    rows = page_rows(args.data_path, args.split, split, answers, top, scores)
     print(format_table(names, table))
 
-    from scripts.report.curves import draw_curves, read_run_log
+    from scripts.report.curves import draw_curves
     from scripts.report.prediction_page import render_page
 
     overall = dict(zip(names, table[0]["scores"], strict=True))
-    curves = draw_curves(
-        read_run_log(args.run), prior=overall["Question only"], shuffled=overall.get("Shuffled images")
-    )
-    rows = page_rows(args.data_path, args.split, split, answers, top, scores)
+    curves = draw_curves(log, prior=overall["Question only"], shuffled=overall.get("Shuffled images"))
     page = render_page(
         rows,
         title=args.title,
@@ -96,7 +100,6 @@ def main(argv: list[str] | None = None) -> None:
         max_cards=args.max_cards,
         seed=args.seed,
     )
-    output = args.output or args.run
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.html").write_text(page, encoding="utf-8")
     (output / "curves.png").write_bytes(curves)
@@ -105,6 +108,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_log(run_folder: Path, output: Path) -> "RunLog":
+    """The log of the run in ``run_folder``; also looks whether ``output`` can be a folder, before any work is done.
+
+    Raises:
+        DataError: no such folder, no usable log in it, or ``output`` is a file.
+    """
+    from scripts.report.curves import read_run_log
+
+    if not run_folder.is_dir():
+        what = "a file, not a folder" if run_folder.exists() else "no such folder"
+        raise DataError(f"--run {run_folder}: {what}; give the --output_dir of a training run")
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output}: a file, not a folder; give another --output")
+    return read_run_log(run_folder)
 
 
 def read_predictions(path: Path) -> dict[int, str]:

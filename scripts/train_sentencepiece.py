@@ -49,23 +49,38 @@ def build_parser() -> argparse.ArgumentParser:
         default=300,
         help="at most so many pieces; fewer where the texts have no more (default: 300)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace another model under the name of --output")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the texts, train, write the model under its final name once it is whole."""
+    """Read the texts, train, write the model under its final name once it is whole; never over another one unasked."""
     args = build_parser().parse_args(argv)
+    _check_output(args.output)
     texts = [text for path in args.input for text in read_texts(path)]
     model = train_model(texts, args.vocab_size)
 
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    if args.output.exists() and args.output.read_bytes() == model:
+        print(f"{args.output}: unchanged, {pieces} pieces from {len(texts)} texts")
+        return
+    if args.output.exists() and not args.overwrite:  # perhaps the published tokenizer, which nobody could train again
+        raise DataError(f"--output {args.output} exists: give --overwrite or another --output")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_name(args.output.name + ".partial")
     partial.write_bytes(model)
     os.replace(partial, args.output)
     print(f"{args.output}: {pieces} pieces from {len(texts)} texts")
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise DataError(f"--output {output} is a folder: give the name of a file, such as {output / 'beit3.spm'}")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise DataError(f"--output {output}: {above} is a file, not a folder: give another --output")
 
 
 def train_model(texts: list[str], vocab_size: int) -> bytes:

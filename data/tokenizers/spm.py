@@ -5,6 +5,7 @@ on top of it. XLM-R layout: 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, piece i >= 3 become
 The ids equal those of the slow reference tokenizer (XLMRobertaTokenizer), literal specials inside a text included.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -92,6 +93,11 @@ class XLMRTokenizer:
         self.mask_id = self.model.num_pieces + 1
         self._literals = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": self.mask_id}
         self._literal = re.compile("(" + "|".join(map(re.escape, self._literals)) + ")")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the sentencepiece model: tells whether token ids in a file are this tokenizer's."""
+        return hashlib.sha256(self.model.processor.serialized_model_proto()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -70,9 +70,19 @@ def test_the_answer_list_counts_over_all_files_in_order_of_appearance(tmp_path):
     assert build_answer_list([first, second], min_count=2).answers == ("red", "green")
 
 
-def test_an_answer_list_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"no question in .*own.jsonl has answers \(wanted: 2 of one"):
+def test_an_answer_list_of_too_rare_answers_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no question in .*own.jsonl has an answer that is given at least 2 times: "):
         build_answer_list([own_file(tmp_path, ROW)], min_count=2)
+
+
+def test_an_answer_list_of_no_answers_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no question in .*own.jsonl has answers: training needs lines such as"):
+        build_answer_list([own_file(tmp_path, {"image": "1.jpg", "question": "why?"})])
+
+
+def test_a_misspelt_key_is_named_before_answers_are_counted(tmp_path):
+    with pytest.raises(DataError, match=r"own.jsonl:1: unknown key 'answer'; a line is"):
+        build_answer_list([own_file(tmp_path, {"image": "1.jpg", "question": "why?", "answer": "yes"})])
 
 
 def test_an_index_file_has_no_answers_to_list(tmp_path):

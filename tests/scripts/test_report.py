@@ -420,6 +420,70 @@ def test_training_twice_gives_the_same_bytes(spm, drawing, tmp_path):
     assert (tmp_path / "again.spm").read_bytes() == spm.read_bytes()
 
 
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("is the red star above the blue star?\nwhat color is the star?\n")
+    return path
+
+
+def test_training_never_replaces_another_model_unasked(text_file, tmp_path):
+    output = tmp_path / "beit3.spm"
+    output.write_bytes(b"the published one")
+    argv = ["--input", str(text_file), "--output", str(output)]
+    with pytest.raises(DataError, match=r"beit3\.spm exists: give --overwrite or another --output$"):
+        train_sentencepiece.main(argv)
+    assert output.read_bytes() == b"the published one"
+    train_sentencepiece.main([*argv, "--overwrite"])
+    assert sentencepiece.SentencePieceProcessor(model_file=str(output)).get_piece_size() > 3
+
+
+def test_training_the_same_model_again_leaves_the_file_alone(text_file, tmp_path, capsys):
+    output = tmp_path / "beit3.spm"
+    argv = ["--input", str(text_file), "--output", str(output)]
+    train_sentencepiece.main(argv)
+    written = output.stat().st_mtime_ns
+    train_sentencepiece.main(argv)
+    assert "unchanged" in capsys.readouterr().out
+    assert output.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "is a folder"), ("texts.txt/a.spm", r"texts\.txt is a file")])
+def test_training_names_an_output_that_cannot_be_a_file(text_file, tmp_path, name, message):
+    with pytest.raises(DataError, match=f"^--output .*{message}"):
+        train_sentencepiece.main(["--input", str(text_file), "--output", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.md/data"])
+def test_drawing_names_an_output_that_is_a_file(tmp_path, name):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(DataError, match=r"^--output .*README\.md is a file"):
+        draw_scenes.main(["--output", str(tmp_path / name), "--num_train", "1", "--num_val", "1", "--num_test", "1"])
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_missing_run_folder_is_named_by_its_flag(drawing, tmp_path, capsys):
+    make_run(tmp_path, answers_of(drawing))
+    predictions = ["--predictions", str(tmp_path / "submit_vqav2_val.json")]
+    with pytest.raises(DataError, match=r"^--run .*nowhere: no such folder"):
+        make_report.main(["--run", str(tmp_path / "nowhere"), "--data_path", str(drawing), *predictions])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_without_a_log_is_refused_before_the_table(drawing, tmp_path, capsys):
+    (make_run(tmp_path, answers_of(drawing)) / "log.txt").unlink()
+    with pytest.raises(DataError, match=r"no log\.txt in"):
+        make_report.main(["--run", str(tmp_path), "--data_path", str(drawing)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_folder_that_is_a_file_is_named(drawing, tmp_path):
+    make_run(tmp_path, answers_of(drawing))
+    flags = ["--run", str(tmp_path), "--data_path", str(drawing), "--output", str(tmp_path / "log.txt")]
+    with pytest.raises(DataError, match=r"^--output .*log\.txt: a file"):
+        make_report.main(flags)
+
+
 def test_the_vocabulary_is_at_most_as_large_as_asked(drawing, tmp_path, capsys):
     path = tmp_path / "small.spm"
     train_sentencepiece.main(["--input", str(drawing / QUESTION_FILE), "--output", str(path), "--vocab_size", "50"])
