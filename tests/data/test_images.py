@@ -170,7 +170,8 @@ ILLEGAL = {
     "jpeg without its last 2 bytes": (lambda: JPEG[:-2], "truncated"),
     "progressive jpeg cut at half": (lambda: PROGRESSIVE[: len(PROGRESSIVE) // 2], "truncated"),
     "progressive jpeg without its last 10 bytes": (lambda: PROGRESSIVE[:-10], "truncated"),
-    "jpeg header only": (lambda: header_only("JPEG"), "header but no image data"),
+    # Pillow before 13 does not open such a file at all, newer ones find no data: either way the header is named
+    "jpeg header only": (lambda: header_only("JPEG"), "header (but no image data|is broken)"),
     "jpeg of 3 bytes": (lambda: JPEG[:3], "no image format"),
     "png cut at half": (lambda: PNG[: len(PNG) // 2], "truncated"),
     "png header only": (lambda: header_only("PNG"), "image"),

@@ -193,7 +193,7 @@ def resume_from_a_torn_checkpoint(case):
     return case.train("--resume", case.tmp / "torn")
 
 
-@bad(r"/checkpoint-step2.* was written by a run of another model")
+@bad(r"cannot resume: .*/checkpoint-step2 is of .*, this run is of .*; give --model")
 def resume_from_a_checkpoint_of_another_model(case):
     return case.train("--resume", case.checkpoint, "--model", LARGER)
 
@@ -338,7 +338,7 @@ def questions_given_as_annotations(case):
     return case.eval("--annotations", case.data / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json")
 
 
-@bad(r"no question in .*own.jsonl has answers .*training needs lines such as")
+@bad(r"no question in .*own.jsonl has answers: training needs lines such as")
 def own_training_data_without_answers(case):
     row = {"image": str(case.image_of(REST).relative_to(case.data)), "question": "what is it?"}
     return case.train("--train_file", case.file("own.jsonl", json.dumps(row) + "\n"))
