@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     dtype = resolve_precision(args.amp, device)
-    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
     if args.num_workers is None:
         args.num_workers = min(10, distributed.cores_per_process())
     for note in args.notes:
@@ -85,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 4. evaluate or train ----
     if args.eval:
+        autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
         task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast)
     else:
         train(args, model, tokenizer, answers, device, dtype, output_dir, resume_from)
@@ -112,8 +112,9 @@ def train(
     steps_per_epoch = train_loader.steps_per_epoch
 
     # ---- 6. optimizer, schedule, backend ----
+    unused = model.unused_in_finetuning()
     for name, parameter in model.named_parameters():
-        if name in model.unused_in_finetuning():  # so that data-parallel training need not look for unused ones
+        if name in unused:  # so that data-parallel training need not look for unused ones
             parameter.requires_grad_(False)
     groups = parameter_groups(
         model.named_parameters(),
@@ -176,8 +177,7 @@ def train(
     )
 
     # ---- 8. train ----
-    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
-    validate = partial(task.evaluate, device=device, autocast=autocast)
+    validate = partial(task.evaluate, device=device, autocast=backend.autocast)
     position = fit(
         backend,
         train_loader,

@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import DataError
 from data.files import check_relative, read_json
 from data.index_writer import IndexSummary, IndexWriter
+from data.official_files import IMAGE_PLACES, AbsentError, find_annotation
 from data.tokenizers.spm import XLMRTokenizer
 
 COCO_FILE = "dataset_coco.json"
@@ -22,7 +23,6 @@ COCO_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test
 NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
 NOCAPS_INDEX = "nocaps.{}.jsonl"
 ANNOTATION_PLACES = ("", "annotations")  # below the data folder
-IMAGE_PLACES = ("", "images")
 COCO_KEYS = {"filepath": str, "filename": str, "split": str, "cocoid": int, "sentences": list}
 NOCAPS_KEYS = {"id": int, "file_name": str}
 
@@ -53,7 +53,7 @@ def build_coco_captioning_index(
         DataError: the file is missing or broken, an image stands twice, a caption has no tokens, nothing to train on.
     """
     data_path = Path(data_path)
-    path = find_annotation(COCO_FILE, data_path, annotation_path)
+    path = find_annotation(COCO_FILE, data_path, annotation_path, ANNOTATION_PLACES)
     images = _images(path, COCO_KEYS, "cocoid")
     summary = IndexSummary(found=[("captions", str(path))])
     folders = _ImageFolders(data_path, summary)
@@ -98,14 +98,14 @@ def build_nocaps_index(
     output_path = Path(output_path or data_path)
     summary = IndexSummary()
     folders = _ImageFolders(data_path, summary)
-    absent: list[_AbsentError] = []
+    absent: list[AbsentError] = []
     with ExitStack() as stack:
         writer = IndexWriter(stack, output_path, summary.num_lines)
         for split, file_name in NOCAPS_FILES.items():
             name = NOCAPS_INDEX.format(split)
             try:
-                path = find_annotation(file_name, data_path, annotation_path)
-            except _AbsentError as error:
+                path = find_annotation(file_name, data_path, annotation_path, ANNOTATION_PLACES)
+            except AbsentError as error:
                 stale = f" (the {name} there is of an earlier run)" if (output_path / name).exists() else ""
                 summary.notes.append(f"{name} not written{stale}: {error}")
                 absent.append(error)
@@ -118,24 +118,6 @@ def build_nocaps_index(
     if len(absent) == len(NOCAPS_FILES):
         raise absent[0]
     return summary
-
-
-def find_annotation(name: str, data_path: Path, annotation_path: str | Path | None) -> Path:
-    """Where an official file lies.
-
-    Raises:
-        DataError: it is in none of the usual places; they are named.
-    """
-    places = [Path(annotation_path)] if annotation_path else [data_path / place for place in ANNOTATION_PLACES]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    looked = ", ".join(map(str, places))
-    raise _AbsentError(f"no {name} in {looked}: give the folder of the annotation files as --annotation_path")
-
-
-class _AbsentError(DataError):
-    """An official file is not there; for one split of NoCaps this only means to leave it out."""
 
 
 class _ImageFolders:
@@ -181,10 +163,4 @@ def _captions(image: dict[str, Any], where: str, tokenizer: XLMRTokenizer) -> It
         place = f"{where}: sentences[{number}]"
         if type(text) is not str:
             raise DataError(f'{place}: "raw" must be a text, the entry is {sentence!r:.120}')
-        try:
-            tokens = tokenizer.encode(text)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        if not tokens:
-            raise DataError(f"{place}: the caption {text!r:.80} has no tokens; mend or remove it")
-        yield tokens
+        yield tokenizer.encode_filled(text, "caption", place)

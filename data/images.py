@@ -72,11 +72,9 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         height, width, channels = header
         _check_size(name, height, width)
         if channels in (1, 3) and decode_jpeg is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # then Pillow decodes it or says in better words what is wrong
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).contiguous().numpy()
-            except RuntimeError:
-                pass  # Pillow decodes it or says in better words what is wrong
     return _decode_with_pillow(data, name)
 
 

@@ -127,12 +127,7 @@ def _own_record(
     question = row.get("question")
     if type(question) is not str or not question.strip():
         raise DataError(f'{where}: "question" must be a text that is not empty, got {question!r:.80}')
-    try:
-        tokens = tokenizer.encode(question)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    if not tokens:
-        raise DataError(f"{where}: the question {question!r:.80} has no tokens")
+    tokens = tokenizer.encode_filled(question, "question", where)
     question_id = number if row.get("question_id") is None else row["question_id"]
     if type(question_id) is not int:
         raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")

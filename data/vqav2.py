@@ -17,12 +17,12 @@ from typing import Any
 from data.errors import DataError
 from data.files import read_json
 from data.index_writer import IndexSummary, IndexWriter
+from data.official_files import IMAGE_PLACES, AbsentError, find_annotation
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, soft_targets
 from data.vqa_index import ANSWER_FILE, MAY_BE_EMPTY
 
 ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
-IMAGE_PLACES = ("", "images")
 QUESTION_FILE = "v2_OpenEnded_mscoco_{}_questions.json"
 ANSWERS_FILE = "v2_mscoco_{}_annotations.json"
 TRAIN, VAL, TEST = "train2014", "val2014", "test2015"
@@ -121,7 +121,7 @@ def build_vqav2_index(
             file_name = f"vqa.{name}.jsonl"
             try:
                 test = _read_split(split, data_path, annotation_path, summary)
-            except _AbsentError as absent:
+            except AbsentError as absent:
                 stale = f" (the {file_name} there is of an earlier run)" if (output_path / file_name).exists() else ""
                 summary.notes.append(f"{file_name} not written{stale}: {absent}")
                 continue
@@ -129,10 +129,6 @@ def build_vqav2_index(
             for row, _ in test.rows(encode, None, progress):
                 writer.write(file_name, row)
     return summary
-
-
-class _AbsentError(DataError):
-    """A file or the images of a split are not there at all; for the test splits this only means to leave them out."""
 
 
 @dataclass
@@ -176,13 +172,7 @@ class _QuestionEncoder:
     def __call__(self, text: str, where: str) -> list[int]:
         tokens = self._known.get(text)
         if tokens is None:
-            try:
-                tokens = self._tokenizer.encode(text)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            if not tokens:
-                raise DataError(f"{where}: the question {text!r} has no tokens; every question needs a text")
-            self._known[text] = tokens
+            tokens = self._known[text] = self._tokenizer.encode_filled(text, "question", where)
         return tokens
 
 
@@ -193,13 +183,13 @@ def _rest_val_images(image_ids: list[int], seed: int, num_images: int) -> set[in
 
 def _read_split(split: str, data_path: Path, annotation_path: str | Path | None, summary: IndexSummary) -> _Split:
     is_test = split not in (TRAIN, VAL)
-    question_path = _find_annotation(QUESTION_FILE.format(split), data_path, annotation_path)
+    question_path = find_annotation(QUESTION_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
     questions = _items(question_path, "questions", {"image_id": int, "question": str, "question_id": int})
     found = [(f"{split} questions", str(question_path))]
     answers: dict[int, list[str]] = {}
     multiple_choice_answers: list[str] = []
     if not is_test:
-        answers_path = _find_annotation(ANSWERS_FILE.format(split), data_path, annotation_path)
+        answers_path = find_annotation(ANSWERS_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
         annotations = _items(
             answers_path, "annotations", {"question_id": int, "multiple_choice_answer": str, "answers": list}
         )
@@ -219,7 +209,7 @@ def _read_split(split: str, data_path: Path, annotation_path: str | Path | None,
         else:
             num_missing += 1
     if not by_image:
-        raise _AbsentError(
+        raise AbsentError(
             f"none of the {num_missing} questions of {question_path} has its image in {data_path / folder}"
         )
     summary.found.extend(found)
@@ -227,15 +217,6 @@ def _read_split(split: str, data_path: Path, annotation_path: str | Path | None,
         summary.notes.append(f"{num_missing} {split} questions left out: their image is not in {data_path / folder}")
     present = [(image_id, f"{folder}/{name}") for image_id, name in images.items() if image_id in by_image]
     return _Split(split, question_path, present, by_image, answers, multiple_choice_answers)
-
-
-def _find_annotation(name: str, data_path: Path, annotation_path: str | Path | None) -> Path:
-    places = [Path(annotation_path)] if annotation_path else [data_path / place for place in ANNOTATION_PLACES]
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    looked = ", ".join(map(str, places))
-    raise _AbsentError(f"no {name} in {looked}: give the folder of the annotation files as --annotation_path")
 
 
 def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
@@ -287,7 +268,7 @@ def _list_images(data_path: Path, split: str) -> tuple[str, dict[int, str]]:
             break
     else:
         looked = ", ".join(str(data_path / place / split) for place in IMAGE_PLACES)
-        raise _AbsentError(f"no image folder {split} (looked for {looked}): give the folder above it as --data_path")
+        raise AbsentError(f"no image folder {split} (looked for {looked}): give the folder above it as --data_path")
     images: dict[int, str] = {}
     for name in sorted(os.listdir(data_path / folder)):
         digits = name.removesuffix(".jpg").rpartition("_")[2]

@@ -188,9 +188,8 @@ def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     distributed.raise_together(error)
     saved_world = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     extra["saved_world_size"] = saved_world
-    random_file = folder / f"rng-rank{distributed.rank()}.pth"
-    if saved_world == distributed.world_size() and random_file.exists():
-        _restore_random_state(load_torch_file(random_file))
+    if saved_world == distributed.world_size():  # with another number of processes there is no draw to go on from
+        _restore_random_state(load_torch_file(folder / f"rng-rank{distributed.rank()}.pth"))
     return extra
 
 

@@ -211,22 +211,24 @@ class Dataset:
 
 
 def _has_vqav2(data_path: Path, args: argparse.Namespace) -> bool:
+    from data.official_files import annotation_folders
     from data.vqa_index import ANSWER_FILE
     from data.vqav2 import ANNOTATION_PLACES, QUESTION_FILE, TRAIN
 
     if args.check:
         return (Path(args.output_path or data_path) / ANSWER_FILE).is_file()
-    places = [Path(args.annotation_path)] if args.annotation_path else [data_path / p for p in ANNOTATION_PLACES]
-    return any((place / QUESTION_FILE.format(TRAIN)).is_file() for place in places)
+    folders = annotation_folders(data_path, args.annotation_path, ANNOTATION_PLACES)
+    return any((folder / QUESTION_FILE.format(TRAIN)).is_file() for folder in folders)
 
 
 def _has_captions(data_path: Path, args: argparse.Namespace, official: tuple[str, ...], index: str) -> bool:
     from data.coco_captions import ANNOTATION_PLACES
+    from data.official_files import annotation_folders
 
     if args.check:
         return any(Path(args.output_path or data_path).glob(index))
-    places = [Path(args.annotation_path)] if args.annotation_path else [data_path / p for p in ANNOTATION_PLACES]
-    return any((place / name).is_file() for place in places for name in official)
+    folders = annotation_folders(data_path, args.annotation_path, ANNOTATION_PLACES)
+    return any((folder / name).is_file() for folder in folders for name in official)
 
 
 DATASETS = {

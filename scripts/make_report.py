@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from data.files import read_json, read_jsonl, write_json_atomic
-from data.vqav2 import ANNOTATION_PLACES, IMAGE_PLACES
+from data.official_files import IMAGE_PLACES
+from data.vqav2 import ANNOTATION_PLACES
 from scripts.arguments import OneLineParser
 from scripts.program import run
 

@@ -358,3 +358,10 @@ def test_default_places_are_the_documented_ones():
     weights = {name for names in DEFAULT_WEIGHTS.values() for name in names}
     for place in {*DEFAULT_DATA_FOLDERS["vqav2"], *weights}:
         assert f"`{place}`" in page, place
+
+
+def test_the_tasks_that_the_flags_offer_are_those_of_the_program():
+    from run_beit3_finetuning import TASKS
+    from scripts.beit3_args import OFFERED_TASKS
+
+    assert tuple(TASKS) == OFFERED_TASKS

@@ -125,6 +125,20 @@ class XLMRTokenizer:
             ids.extend(self._encode_plain(part))
         return ids
 
+    def encode_filled(self, text: str, kind: str, where: str) -> list[int]:
+        """``encode`` for a text of a data file, which must not come out empty.
+
+        Raises:
+            DataError: as ``encode``, or no tokens; names the place and the ``kind`` of text (question, caption).
+        """
+        try:
+            tokens = self.encode(text)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if not tokens:
+            raise DataError(f"{where}: the {kind} {text!r:.80} has no tokens; mend or remove it")
+        return tokens
+
     def decode(self, ids: Iterable[int], clean_up: bool = True) -> str:
         """Text of ids; specials and ids that have no text are left out.
 
