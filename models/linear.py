@@ -59,7 +59,7 @@ def _onednn_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tens
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     rows, grad_rows = x.flatten(0, -2).contiguous(), grad.flatten(0, -2)
-    grad_x = _onednn_linear(grad, weight.t().contiguous(), None) if needs_x else None
+    grad_x = _onednn_linear(grad, weight.t(), None) if needs_x else None
     grad_weight = _onednn_linear(grad_rows.t(), rows.t(), None) if needs_weight else None
     return grad_x, grad_weight, grad_rows.sum(0) if needs_bias else None
 
