@@ -27,6 +27,11 @@ def _enter(rank: int, function: Callable[..., None], world_size: int, store: str
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # everything has succeeded: leave before the interpreter's shutdown, in which a thread of gloo now and then aborts
+    # the process ("terminate called without an active exception", torch 2.15); an exception above still arrives
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_in_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
