@@ -1,5 +1,7 @@
 """Exponential moving average of the weights."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,16 +27,23 @@ class ModelEMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the shadow towards the model's weights; call after each optimizer step."""
+        self.update_entries(model.state_dict().items())
+
+    @torch.no_grad()
+    def update_entries(self, entries: Iterable[tuple[str, Tensor]]) -> None:
+        """Move the shadow towards some named weights, in whatever precision: for models that are never whole."""
         averaged, current = [], []
-        for name, value in model.state_dict().items():
+        for name, value in entries:
             shadow = self._shadow[name]
             if shadow.is_floating_point():
                 averaged.append(shadow)
                 # to the CPU the copy must be waited for, or the host would read what has not arrived yet
-                current.append(value.detach().to(shadow.device, non_blocking=shadow.device.type != "cpu"))
+                copy = value.detach().to(shadow.device, non_blocking=shadow.device.type != "cpu")
+                current.append(copy if copy.dtype == shadow.dtype else copy.to(shadow.dtype))
             else:
                 shadow.copy_(value)
-        torch._foreach_lerp_(averaged, current, 1.0 - self.decay)
+        if averaged:
+            torch._foreach_lerp_(averaged, current, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadow weights under the model's key names."""

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ _SAFE_GLOBALS = [
     np.ndarray,
     *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *{type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")},
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefdFDSU"},
 ]
 
 # how torch's safe loader says that a pickle names something beyond its list, not merely that bytes make no sense
@@ -53,18 +55,23 @@ _READ_ERRORS = (
 )
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path, *, also_safe: Sequence[Any] = ()) -> Any:
     """``torch.load`` on the CPU with ``weights_only``; the single place of the tree that calls it.
+
+    Args:
+        path: the file.
+        also_safe: further harmless classes that it may hold, as ``torch.serialization.safe_globals`` takes them.
 
     Raises:
         EngineError: the file is missing, empty, truncated, no checkpoint at all, or wants to execute code.
     """
     _check_is_file(path)
+    is_zip = _is_sound_zip(path)
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*_SAFE_GLOBALS, *also_safe]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are about to be refused or that load all the same
             # memory-mapping works for the zip format only, and keeps a large file from being read twice
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in _WORDS_OF_REFUSAL):
             raise EngineError(
@@ -115,7 +122,18 @@ def read_state_dict(path: str | Path, *, model_key: str = "model|module") -> dic
         raise EngineError(
             f"{path} holds no named tensors (its keys: {keys}): give the key of the weights by --model_key"
         )
+    _refuse_odd_tensors(path, state)
     return state
+
+
+def _refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    """Only dense numbers in memory are weights: a tensor may also be sparse, quantised, or a shape without content."""
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            kind = "quantised" if value.is_quantized else "sparse" if value.device.type == "cpu" else "without content"
+            raise EngineError(
+                f"{path} is refused: its entry {name!r} is a tensor that is {kind}; save the weights as dense numbers"
+            )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -149,12 +167,36 @@ def _check_is_file(path: Path) -> None:
         raise EngineError(f"no checkpoint at {path}: check the path given by --finetune, --resume or --checkpoint")
     if path.stat().st_size == 0:
         raise EngineError(f"{path} is empty (0 bytes): download or copy it again")
+    if not os.access(path, os.R_OK):
+        raise EngineError(f"{path} cannot be read (permission denied): check whose file it is")
+
+
+def _is_sound_zip(path: Path) -> bool:
+    """Whether this is a zip file as torch writes it: no entry of it is compressed, as those of a zip bomb would be."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (*_READ_ERRORS, NotImplementedError):
+        raise EngineError(f"{path} cannot be read as a checkpoint: {_what_it_is(path)}") from None
+    is_checkpoint = any(entry.filename.endswith("/data.pkl") for entry in entries)
+    if is_checkpoint and any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise EngineError(
+            f"{path} is refused: its entries are compressed, which torch never does (zipped again, or a zip bomb); "
+            "give the file as it was saved"
+        )
+    return True
 
 
 def _first_reason(error: Exception) -> str:
-    """The name that was refused, else the words around it."""
-    found = re.search(r"GLOBAL ([\w.]+)|unrecognized function <?([^>\n]{1,60})", str(error))
-    return (found[1] or found[2]) if found else str(error).splitlines()[0][:80]
+    """The name that was refused, else the words that hold it."""
+    text = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)|unrecognized function <?([^>\n]{1,60})|but got <?class '([\w.\[\]]+)'", text)
+    if found:
+        return found[1] or found[2] or found[3]
+    _, marker, after = text.partition("WeightsUnpickler error:")  # before it torch advises to trust the file
+    return " ".join((after if marker else text).split())[:80]
 
 
 def _what_it_is(path: Path) -> str:
@@ -167,6 +209,12 @@ def _what_it_is(path: Path) -> str:
         return "it is a web page, probably the error page of a download; download it again"
     if head.startswith(b"PK") and not zipfile.is_zipfile(path):
         return f"it is cut off at {path.stat().st_size} bytes; download or copy it again"
+    if head.startswith(b"PK") and b"data.pkl" not in head:  # torch writes this entry first
+        return "it is a zip archive of other files; unpack it and give the checkpoint in it"
+    if head[257:262] == b"ustar":
+        return "it is a tar file; unpack it, or save a checkpoint of a torch before 0.2 again with a newer one"
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"BZh")):
+        return "it is a compressed archive; unpack it and give the checkpoint in it"
     if head.startswith(b"\x80"):
         return "it is damaged, or a pickle of other things than tensors; download or copy it again"
     return "it is damaged or of another format; download or copy it again"

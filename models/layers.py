@@ -52,8 +52,9 @@ def drop_path_scales(rate: float, num_layers: int, num_branches: int, batch_size
 
 
 def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """x + branch, or x + scale * branch with the (B, 1, 1) factors of ``drop_path_scales``."""
-    return x + branch if scale is None else x + branch * scale
+    """x + branch, or x + scale * branch with the (B, 1, 1) factors of ``drop_path_scales``; x keeps its type."""
+    # with 16-bit weights x has 16 bits and the float32 factors must not widen it
+    return x + branch if scale is None else x + (branch * scale).to(x.dtype)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Flags that every training program shares, in titled groups, and a parser whose errors are one line."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -11,8 +12,16 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and leave."""
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {message} ({self._nearest_flag(message)}see --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _nearest_flag(self, message: str) -> str:
+        """A question that names the flag which an unknown one resembles; empty without one."""
+        _, marker, words = message.partition("unrecognized arguments: ")
+        known = [name for action in self._actions for name in action.option_strings if action.help != argparse.SUPPRESS]
+        wrong = words.split("=")[0].split()[0] if marker and words.strip() else ""
+        near = difflib.get_close_matches(wrong, known, n=1) if wrong.startswith("--") else []
+        return f"did you mean {near[0]}? " if near else ""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -31,7 +40,7 @@ def number(kind: Callable[[str], Any], *, low: float | None = None, high: float 
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
         if value != value or (low is not None and (value < low or (above and value == low))):
             raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, got {text}")
         if high is not None and value > high:
@@ -167,14 +176,17 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable_deepspeed",
         action="store_true",
-        help="accepted; this version trains with plain torch (DDP) and says so",
+        help="train with DeepSpeed (ZeRO, see docs/deepspeed.md) instead of plain torch (DDP)",
     )
     group.add_argument(
         "--zero_stage",
         type=int,
-        default=0,
         choices=[0, 1, 2, 3],
-        help="above 0: refused until the DeepSpeed backend is here",
+        help="DeepSpeed divides over the processes 1: the moments, 2: also the gradients, 3: also the weights "
+        "(default: the file's of --deepspeed_config, else 0)",
+    )
+    group.add_argument(
+        "--deepspeed_config", help="DeepSpeed's JSON settings; any value may be 'auto' (default: all from the flags)"
     )
 
 

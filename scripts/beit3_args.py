@@ -223,6 +223,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="put a grey image in place of one that cannot be read, and count them",
     )
+    group.add_argument(
+        "--max_bad_samples",
+        type=fraction,
+        default=0.001,
+        help="share of one pass over the data that --skip_broken_images may replace; 10 images always",
+    )
     group.add_argument("--limit_samples", type=positive_int, help="use only the first N samples of each split")
 
 
@@ -273,11 +279,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--task {args.task} is not offered by this version; choose {', '.join(OFFERED_TASKS)} "
             "(the model itself is in models/beit3/tasks.py)"
         )
-    if args.zero_stage:
-        parser.error(
-            f"--zero_stage {args.zero_stage} needs the DeepSpeed backend, which this version does not have: "
-            "leave it out"
-        )
     if args.opt_betas is not None and len(args.opt_betas) != 2:
         parser.error(f"--opt_betas takes two values, got {len(args.opt_betas)}")
     args.notes = [
@@ -287,10 +288,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ]
     if args.eval and args.resume:
         args.notes.append("--resume has no effect: --eval takes its weights from --finetune")
-    if args.enable_deepspeed:
-        args.notes.append(
-            "--enable_deepspeed: this version has no DeepSpeed backend yet; plain torch (DDP) runs the same step"
-        )
+    _settle_deepspeed(args, parser)
     try:
         _fill_recipe(args)
         beit3_config(args.model, args.task, image_size=args.input_size)
@@ -298,6 +296,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     _find_defaults(args, parser)
     return args
+
+
+def _settle_deepspeed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """One flag says whether DeepSpeed runs; the others imply it."""
+    if args.deepspeed_config and not Path(args.deepspeed_config).is_file():
+        parser.error(f"--deepspeed_config {args.deepspeed_config}: no such file")
+    implied = "--deepspeed_config" if args.deepspeed_config else f"--zero_stage {args.zero_stage}"
+    wanted = bool(args.enable_deepspeed or args.deepspeed_config or args.zero_stage)
+    if args.eval and wanted:
+        flag = "--enable_deepspeed" if args.enable_deepspeed else implied
+        args.notes.append(f"{flag} has no effect: --eval needs no optimizer")
+    elif wanted and not args.enable_deepspeed:
+        args.notes.append(f"{implied} implies --enable_deepspeed")
+    args.enable_deepspeed = wanted and not args.eval
 
 
 def _fill_recipe(args: argparse.Namespace) -> None:

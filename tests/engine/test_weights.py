@@ -1,8 +1,13 @@
 import argparse
+import collections
 import contextlib
+import gzip
 import json
 import random
 import re
+import struct
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +73,121 @@ def test_scalars_and_arrays_pickled_by_either_numpy_load(tmp_path, core):
     loaded = load_torch_file(tmp_path / "w.pth")
     assert loaded["best"] == 3.5
     assert loaded["ids"].tolist() == [0, 1, 2]
+
+
+def test_numpy_scalars_and_arrays_of_every_plain_type_load(tmp_path):
+    values = [np.dtype(name).type(1) for name in ("bool", "int8", "uint16", "int64", "float16", "float64", "complex64")]
+    torch.save({"model": STATE, "values": values, "names": np.array(["a", "bc"])}, tmp_path / "w.pth")
+    loaded = load_torch_file(tmp_path / "w.pth")
+    assert loaded["values"] == values
+    assert loaded["names"].tolist() == ["a", "bc"]
+
+
+class Note:
+    """A class of somebody's own, as a training script pickles it."""
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Note(), "tests.engine.test_weights.Note"),
+        (collections.defaultdict(list), "collections.defaultdict"),
+        (Path("/data"), r"pathlib\.\w*\.?PosixPath|pathlib.PosixPath"),
+        (np.array([None, "x"], dtype=object), "numpy.dtypes?.ObjectDType|numpy"),
+    ],
+    ids=["own class", "defaultdict", "path", "numpy objects"],
+)
+def test_what_is_refused_is_named_without_torch_s_advice_to_trust_the_file(tmp_path, value, name):
+    torch.save({"model": STATE, "value": value}, tmp_path / "w.pth")
+    with pytest.raises(EngineError, match=rf"w.pth is refused: .* beside tensors \((class )?({name})\); ") as caught:
+        load_torch_file(tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")  # torch is about to give such tensors up
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (lambda: torch.eye(2).to_sparse(), "sparse"),
+        (lambda: torch.empty(2, device="meta"), "without content"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantised"),
+    ],
+    ids=["sparse", "meta", "quantised"],
+)
+def test_tensors_that_are_no_dense_numbers_are_refused_by_name(tmp_path, build, kind):
+    torch.save({"model": STATE | {"odd.weight": build()}}, tmp_path / "w.pth")
+    with pytest.raises(EngineError, match=f"w.pth is refused: its entry 'odd.weight' is a tensor that is {kind}; save"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"weights" * 99), "it is a compressed archive; unpack it"),
+        (b"<html>404</html>", "it is a web page, .*; download it again"),
+        (b"\x93NUMPY" + bytes(300), "it is damaged or of another format"),
+        (bytes(4000), "it is damaged or of another format"),
+    ],
+    ids=["gzip", "page", "npy", "zeros"],
+)
+def test_a_file_that_is_no_checkpoint_is_told_by_its_first_bytes(tmp_path, content, message):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(EngineError, match=f"w.pth cannot be read as a checkpoint: {message}"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("compressed", [["data.pkl"], ["data/0"]])
+def test_a_zip_with_any_compressed_entry_is_refused_unread(tmp_path, compressed):
+    """Torch would map the compressed bytes of a tensor as its numbers, and unpack any amount of pickled text."""
+    torch.save({"model": {"x": torch.zeros(1000)}}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / "w.pth", "w") as again:
+        for name in whole.namelist():
+            squeeze = name.partition("/")[2] in compressed
+            kind = zipfile.ZIP_DEFLATED if squeeze else zipfile.ZIP_STORED
+            again.writestr(name, whole.read(name), compress_type=kind)
+    with pytest.raises(EngineError, match="w.pth is refused: its entries are compressed"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def safetensors_file(path, header, *, length=None, content=bytes(24)):
+    """A file whose header says whatever the test wants."""
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + content)
+    return path
+
+
+def entry(shape=(2, 3), start=0, end=24, dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def test_a_safetensors_file_of_that_layout_is_read(tmp_path):
+    assert read_state_dict(safetensors_file(tmp_path / "w.safetensors", {"x": entry()}))["x"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"header": {"x": entry((600,), 0, 2400)}},
+        {"header": {"x": entry((200, 300))}},
+        {"header": {"x": entry((2**40, 2**40))}},
+        {"header": {"x": entry(), "y": entry()}},
+        {"header": {"x": entry(start=24, end=0)}},
+        {"header": {"x": entry(dtype="F99")}},
+        {"header": {"x": 3}},
+        {"header": {"x": entry()}, "length": 1 << 60},
+        {"header": {"x": entry()}, "length": 99_000_000},
+        {"header": {"x": entry()}, "content": bytes(40)},
+        {"header": {"x": entry()}, "content": b""},
+    ],
+    ids=["beyond the end", "shape", "overflow", "overlap", "backwards", "dtype", "number", "huge header",
+         "header beyond the end", "bytes left over", "no content"],
+)  # fmt: skip
+def test_a_safetensors_file_that_lies_about_itself_is_refused_in_one_line(tmp_path, damage):
+    path = safetensors_file(tmp_path / "w.safetensors", **damage)
+    with pytest.raises(EngineError, match=r"w.safetensors is not a sound safetensors file \(.+\): it is dam") as caught:
+        read_state_dict(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_whole_pickled_module_is_refused(tmp_path):
