@@ -1,16 +1,21 @@
 """The one place where worker processes, batches and the random numbers of samples come together."""
 
-from collections.abc import Callable, Iterator
+import multiprocessing.queues
+import os
+import signal
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.errors import DataError
 from data.samplers import EvalBatchSampler, SampleKey, TrainBatchSampler
 
 Collate = Callable[[list[Any]], dict[str, Any]]
+Watch = Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]
 
 
 class SampleSource(Protocol):
@@ -47,7 +52,12 @@ class _KeyedDataset(Dataset):
 
 
 class _CheckedCollate:
-    """Joins samples, or passes the first failure on."""
+    """Joins samples, or passes the first failure on.
+
+    In a loader process the tensors move into shared memory here. The queue would do it in a thread of its own, where a
+    lack of room is only printed: the batch is lost, and the main process waits for it for ever. From here the error
+    reaches the main process.
+    """
 
     def __init__(self, collate: Collate) -> None:
         self._collate = collate
@@ -56,30 +66,52 @@ class _CheckedCollate:
         for sample in samples:
             if isinstance(sample, _Failure):
                 return sample
-        return self._collate(samples)
+        batch = self._collate(samples)
+        if get_worker_info() is not None:
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        return batch
+
+
+def _start_loader_process(_: int) -> None:
+    """Leave signals to the main process, and end with an error when a batch cannot be passed on.
+
+    Launchers and SLURM signal loader processes too, while the main one needs them until its last step is saved; its end
+    is theirs. A queue that fails, such as for open files, would lose the batch without a word.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+    def leave(error: BaseException, _: object) -> None:
+        if not isinstance(error, BrokenPipeError):  # the main process has gone, and has said why
+            os.write(2, f"loader process {os.getpid()}: cannot pass its batch on ({error})\n".encode())
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)
 
 
 class TrainLoader:
     """Endless source of training micro-batches that can start at any step of any epoch."""
 
-    def __init__(self, loader: DataLoader, sampler: TrainBatchSampler) -> None:
+    def __init__(self, loader: DataLoader, sampler: TrainBatchSampler, watch: Watch = iter) -> None:
         """Built by ``build_train_loader``."""
-        self._loader, self._sampler = loader, sampler
+        self._loader, self._sampler, self._watch = loader, sampler, watch
         self.steps_per_epoch = sampler.steps_per_epoch
         self.samples_per_step = sampler.samples_per_step
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[dict[str, Any]]:
         """Micro-batches from optimizer step ``first_step`` of ``epoch`` to the epoch's end."""
         self._sampler.set_position(epoch, first_step)
-        return _checked(self._loader)
+        return self._watch(_checked(self._loader))
 
 
 class EvalLoader:
     """This process's share of an evaluation set; iterating again reads it again."""
 
-    def __init__(self, loader: DataLoader, num_samples: int) -> None:
-        """Built by ``build_eval_loader``; ``num_samples`` counts those of all processes."""
-        self._loader, self.num_samples = loader, num_samples
+    def __init__(self, loader: DataLoader, num_samples: int, watch: Watch = iter) -> None:
+        """Built by ``build_eval_loader``; ``num_samples`` counts those of all processes, also the ones left out."""
+        self._loader, self.num_samples, self._watch = loader, num_samples, watch
 
     def __len__(self) -> int:
         """Number of batches of this process."""
@@ -87,7 +119,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches in file order."""
-        return _checked(self._loader)
+        return self._watch(_checked(self._loader))
 
 
 def build_train_loader(
@@ -101,8 +133,12 @@ def build_train_loader(
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    watch: Watch = iter,
 ) -> TrainLoader:
-    """Loader of shuffled micro-batches (see ``TrainBatchSampler``); the draws do not depend on ``num_workers``."""
+    """Loader of shuffled micro-batches (see ``TrainBatchSampler``); the draws do not depend on ``num_workers``.
+
+    ``watch`` passes on the batches of each pass over the data and may end it with an error.
+    """
     sampler = TrainBatchSampler(
         len(source),
         batch_size,
@@ -111,7 +147,7 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
     )
-    return TrainLoader(_data_loader(source, collate, sampler, seed, num_workers, pin_memory), sampler)
+    return TrainLoader(_data_loader(source, collate, sampler, seed, num_workers, pin_memory), sampler, watch)
 
 
 def build_eval_loader(
@@ -123,10 +159,15 @@ def build_eval_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    done: Collection[int] = (),
+    watch: Watch = iter,
 ) -> EvalLoader:
-    """Loader over every sample once (see ``EvalBatchSampler``)."""
-    sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size)
-    return EvalLoader(_data_loader(source, collate, sampler, 0, num_workers, pin_memory), len(source))
+    """Loader over every sample once, without the batches whose samples are all in ``done`` (``EvalBatchSampler``).
+
+    ``watch`` as in ``build_train_loader``.
+    """
+    sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size, done=done)
+    return EvalLoader(_data_loader(source, collate, sampler, 0, num_workers, pin_memory), len(source), watch)
 
 
 def _data_loader(
@@ -147,6 +188,7 @@ def _data_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_start_loader_process,
         # the loader draws a base seed per epoch; from a generator of its own, or resume would shift the model's draws
         generator=torch.Generator().manual_seed(0),
     )

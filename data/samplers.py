@@ -1,6 +1,6 @@
 """Which samples a process reads, in which order: pure functions of seed, epoch and position, so any run can resume."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,18 +76,31 @@ class TrainBatchSampler:
 class EvalBatchSampler:
     """Batches of one process such that all processes together see every sample exactly once, none repeated."""
 
-    def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Rank r reads samples r, r + world_size, …; the last batches may be short or missing on some ranks."""
+    def __init__(
+        self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1, done: Collection[int] = ()
+    ) -> None:
+        """Rank r reads samples r, r + world_size, …; the last batches may be short or missing on some ranks.
+
+        Batches whose samples are all in ``done`` are left out. The others keep their samples, also those that are done:
+        what a model computes for a sample may depend, in the last bits, on what else is in the batch.
+
+        Raises:
+            DataError: no sample, or no positive batch size.
+        """
         if batch_size < 1:
             raise DataError(f"--eval_batch_size must be at least 1, got {batch_size}")
-        self._indices = range(rank, num_samples, world_size)
-        self._batch_size = batch_size
+        if num_samples < 1:
+            raise DataError("there is nothing to evaluate: the split has no samples")
+        indices = range(rank, num_samples, world_size)
+        batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+        done = frozenset(done)
+        self._batches = [batch for batch in batches if not done.issuperset(batch)]
 
     def __len__(self) -> int:
         """Number of batches of this process."""
-        return -(-len(self._indices) // self._batch_size)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Lists of keys in file order."""
-        for start in range(0, len(self._indices), self._batch_size):
-            yield [SampleKey(0, index) for index in self._indices[start : start + self._batch_size]]
+        for batch in self._batches:
+            yield [SampleKey(0, index) for index in batch]

@@ -1,9 +1,11 @@
 """Visual question answering with BEiT-3: its data, loss, validation and prediction files, wired for the run script."""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,19 @@ from data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_
 from data.metrics.vqa import submission_entries, vqa_accuracy
 from data.own_vqa import build_answer_list, read_vqa_file
 from data.randaugment import RandAugment
+from data.replaced_images import limit_replaced
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform, TrainTransform, normalize
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_index import ANSWER_FILE, SPLIT_FILES, VQARecord, check_tokenizer_stamp, read_vqav2_split
 from engine import distributed
-from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
+from engine.errors import RunError
+from engine.evaluation import forward_batches, sum_over_processes
 from engine.log import peak_mib, say
+from engine.partial_results import PartialResults
 from models.beit3.tasks import vqa_loss
 from scripts.beit3_model import find_answers
+from scripts.evaluation_files import clear_temporaries, open_partial_results
 
 NUM_TOP_ANSWERS = 5
 LABELLED_SPLITS = ("train", "val", "val2014")
@@ -93,8 +99,12 @@ def build_loader(
     image_size: int,
     train: bool,
     device: torch.device,
+    done: Collection[int] = (),
 ) -> Any:
-    """Train loader (random transform, shuffled) or evaluation loader (plain resize, every question once)."""
+    """Train loader (random transform, shuffled) or evaluation loader (plain resize, every question once).
+
+    An evaluation leaves out the batches whose records (their places in ``records``) are all in ``done``.
+    """
     if train:
         augment = RandAugment(reference=args.randaug_reference) if args.randaug else None
         transform = TrainTransform(
@@ -123,9 +133,12 @@ def build_loader(
         "world_size": distributed.world_size(),
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
+        "watch": partial(
+            limit_replaced, num_samples=len(records), share=args.max_bad_samples, world_size=distributed.world_size()
+        ),
     }
     if not train:
-        return build_eval_loader(dataset, collate, args.eval_batch_size, **shared)
+        return build_eval_loader(dataset, collate, args.eval_batch_size, done=done, **shared)
     return build_train_loader(
         dataset, collate, args.batch_size, accumulation_steps=args.update_freq, seed=args.seed, **shared
     )
@@ -170,7 +183,13 @@ def evaluate(
     """Validation: ``score`` = 100 x mean over questions of the target score of the best answer."""
     sums = {"score": 0.0, "questions": 0.0, "replaced": 0.0}
     batches = forward_batches(
-        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="validating"
+        model,
+        loader,
+        _forward,
+        device=device,
+        autocast=autocast,
+        total=len(loader),
+        description="validating",
     )
     for batch, logits in batches:
         sums["score"] += float(_target_scores(logits, batch["targets"]).sum())
@@ -195,26 +214,44 @@ def _warn_of_replaced(count: float) -> None:
 def predict(
     model: nn.Module,
     loader: EvalLoader,
+    kept: PartialResults,
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[int, dict[str, Any]]:
-    """Best answers of every question: id → {"top": [(label, probability), …], "score": target score of the first}."""
-    local: dict[int, dict[str, Any]] = {}
+    """Question id → {"top": [[label, probability], …], "score": target score of the first}, those found included.
+
+    Raises:
+        RunError: an answer is not a finite number.
+    """
     replaced = 0
     batches = forward_batches(
-        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="predicting"
+        model,
+        loader,
+        _forward,
+        device=device,
+        autocast=autocast,
+        total=len(loader),
+        description="predicting",
     )
     for batch, logits in batches:
         probabilities = logits.float().sigmoid()
         top = probabilities.topk(min(NUM_TOP_ANSWERS, logits.shape[1]), dim=1)
         scores = _target_scores(logits, batch["targets"])
         rows = zip(batch["question_id"], top.indices.tolist(), top.values.tolist(), scores.tolist(), strict=True)
+        answers = {}
         for question_id, labels, values, score in rows:
-            local[question_id] = {"top": list(zip(labels, values, strict=True)), "score": score}
+            if not math.isfinite(values[0]):  # topk puts NaN first
+                raise RunError(
+                    f"question {question_id}: the model's answer is not a finite number; the weights may be damaged, "
+                    "or the precision too low: try --amp no"
+                )
+            answers[question_id] = {"top": list(map(list, zip(labels, values, strict=True))), "score": score}
         replaced += batch["images_replaced"]
+        # after a stop somebody may have mended the images; and whatever counts them sees all of them again
+        kept.add(answers, keep=not batch["images_replaced"])
     _warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
-    return gather_by_id(local, expected=loader.num_samples)
+    return kept.gather()
 
 
 def run_evaluation(
@@ -228,7 +265,8 @@ def run_evaluation(
 ) -> None:
     """``--eval``: write the server's prediction file, the top answers, and scores where labels are known.
 
-    A dry run predicts two batches and writes nothing.
+    An evaluation that was stopped goes on: what was predicted is kept in hidden files of the output folder until the
+    results are written. A dry run predicts two batches and writes nothing.
     """
     records = read_split(args, args.eval_split, tokenizer, answers)
     if args.shuffle_images:
@@ -237,25 +275,58 @@ def run_evaluation(
     if args.dry_run:
         records = records[: 2 * args.eval_batch_size * distributed.world_size()]
     say(f"{args.eval_split}: {len(records)} questions")
-    image_size = model.config.image_size
-    loader = build_loader(args, records, tokenizer, len(answers), image_size=image_size, train=False, device=device)
-    predictions = predict(model, loader, device=device, autocast=autocast)
-    if not distributed.is_main():
-        return
+    name = f"{args.task}_{Path(args.eval_split).stem}" + ("_shuffled_images" if args.shuffle_images else "")
+    kept = open_partial_results(
+        args,
+        name,
+        [record.question_id for record in records],
+        records=records,
+        answers=answers.answers,
+        tokenizer=tokenizer.fingerprint,
+        image_size=model.config.image_size,
+        device=device,
+    )
+    done = [place for place, record in enumerate(records) if record.question_id in kept.found]
+    loader = build_loader(
+        args,
+        records,
+        tokenizer,
+        len(answers),
+        image_size=model.config.image_size,
+        train=False,
+        device=device,
+        done=done,
+    )
+    predictions = predict(model, loader, kept, device=device, autocast=autocast)
     if args.dry_run:
         say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
         return
+    if distributed.is_main():
+        _write_results(args, name, records, predictions, answers, annotations)
+    kept.remove()
+
+
+def _write_results(
+    args: argparse.Namespace,
+    name: str,
+    records: list[VQARecord],
+    predictions: dict[int, dict[str, Any]],
+    answers: AnswerVocabulary,
+    annotations: list[dict[str, Any]] | None,
+) -> None:
+    """The three files of an evaluation; scores are printed as well."""
     output = Path(args.output_dir)
-    split = Path(args.eval_split).stem + ("_shuffled_images" if args.shuffle_images else "")
+    submission, top_file = output / f"submit_{name}.json", output / f"top_answers_{name}.jsonl"
+    result_file = output / f"result_{name}.json"
+    clear_temporaries(submission, top_file, result_file)
     chosen = {question_id: answers[row["top"][0][0]] for question_id, row in predictions.items()}
     entries = submission_entries(chosen, expected_ids=[record.question_id for record in records])
-    submission = output / f"submit_{args.task}_{split}.json"
     write_json_atomic(submission, entries, indent=2)
     top = (
         {"question_id": question_id, "top": [[answers[label], round(p, 6)] for label, p in row["top"]]}
         for question_id, row in predictions.items()
     )
-    write_jsonl_atomic(output / f"top_answers_{args.task}_{split}.jsonl", top)
+    write_jsonl_atomic(top_file, top)
     say(f"wrote {len(entries)} answers to {submission}")
     result = {"split": args.eval_split, "questions": len(entries)}
     labelled = [record.question_id for record in records if record.labels]
@@ -268,7 +339,7 @@ def run_evaluation(
     if annotations is not None:
         result["official"] = vqa_accuracy(chosen, annotations).official()
         _print_official(result["official"])
-    write_json_atomic(output / f"result_{args.task}_{split}.json", result, indent=2)
+    write_json_atomic(result_file, result, indent=2)
 
 
 def _with_shuffled_images(records: list[VQARecord], seed: int) -> list[VQARecord]:

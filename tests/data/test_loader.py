@@ -92,6 +92,17 @@ def test_an_evaluation_loader_gives_every_sample_once_each_time_it_is_read(num_w
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluation_loader_passes_over_batches_that_are_done(num_workers):
+    loader = build_eval_loader(Draws(7), collate, 2, num_workers=num_workers, done={0, 1, 2, 4, 5})
+    whole = build_eval_loader(Draws(7), collate, 2)
+    kept = [batch for batch in whole if batch["sample_id"] in ([2, 3], [6])]
+    found = list(loader)
+    assert [batch["sample_id"] for batch in found] == [[2, 3], [6]]
+    assert all(torch.equal(one["draws"], other["draws"]) for one, other in zip(found, kept, strict=True))
+    assert (len(loader), loader.num_samples) == (2, 7)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_data_error_arrives_as_it_was_raised_not_wrapped_by_the_worker(num_workers):
     loader = build_eval_loader(Draws(6, broken={3}), collate, 2, num_workers=num_workers)
     with pytest.raises(DataError, match="^sample 3 is broken$"):
@@ -101,3 +112,33 @@ def test_a_data_error_arrives_as_it_was_raised_not_wrapped_by_the_worker(num_wor
 def test_a_negative_number_of_workers_is_refused():
     with pytest.raises(DataError, match="--num_workers must not be negative, got -1"):
         build_eval_loader(Draws(6), collate, 2, num_workers=-1)
+
+
+def failure_of(loader):
+    """What reading a loader ends with, without the traceback, which would keep the loader's processes."""
+    try:
+        list(loader)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_a_lack_of_shared_memory_reaches_the_main_process(monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    assert "unable to allocate shared memory" in failure_of(build_eval_loader(Draws(6), collate, 2, num_workers=1))
+
+
+def collate_to_what_cannot_travel(samples):
+    return {"text": lambda: samples}
+
+
+def test_a_batch_that_a_loader_process_cannot_pass_on_ends_it_and_is_noticed(capfd):
+    failure = failure_of(build_eval_loader(Draws(6), collate_to_what_cannot_travel, 2, num_workers=1))
+    assert "exited unexpectedly" in failure
+    said = capfd.readouterr().err
+    assert "loader process" in said
+    assert "cannot pass its batch on" in said
+    assert "Traceback" not in said

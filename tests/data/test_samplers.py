@@ -115,3 +115,21 @@ def test_an_evaluation_reads_every_sample_once_over_all_ranks(num_samples, world
 def test_an_evaluation_batch_below_one_is_refused():
     with pytest.raises(DataError, match="--eval_batch_size must be at least 1, got 0"):
         EvalBatchSampler(4, 0)
+
+
+def test_an_evaluation_that_goes_on_leaves_out_whole_batches_and_keeps_the_others_as_they_were():
+    def batches(done=()):
+        sampler = EvalBatchSampler(20, 3, rank=1, world_size=2, done=done)
+        found = [[key.index for key in keys] for keys in sampler]
+        assert len(sampler) == len(found)
+        return found
+
+    assert batches() == [[1, 3, 5], [7, 9, 11], [13, 15, 17], [19]]
+    assert batches({7, 9, 11, 19}) == [[1, 3, 5], [13, 15, 17]]
+    assert batches([1, 3, 5, 0, 2, 9, 13, 17]) == [[7, 9, 11], [13, 15, 17], [19]]
+    assert batches(range(20)) == []
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(DataError, match="there is nothing to evaluate: the split has no samples"):
+        EvalBatchSampler(0, 2)
