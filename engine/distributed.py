@@ -5,6 +5,8 @@ This is the one file (beside the DeepSpeed backend) that reads environment varia
 """
 
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
+_FAILURE_KEY = "plainvl/first_failure"
 _started_here = False  # whether the process group is ours to leave, or belongs to whoever called us
+_has_had_group = False
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class Placement:
     local_rank: int = 0
 
 
-# (rank, world size, local rank) of each launcher, in order of preference. Slurm sets most of its variables in any
-# allocation and batch script; srun alone sets the number of tasks of a step, and one task is not a distributed start.
+# (rank, world size, local rank) of each launcher, in order of preference; DeepSpeed's launcher sets torchrun's. Slurm
+# sets most of its variables in any allocation and batch script; srun alone sets the number of tasks of a step, and one
+# task is not a distributed start.
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -38,29 +43,74 @@ _LAUNCHERS = {
 
 def placement_from_environment() -> Placement | None:
     """Read rank, world size and local rank as the launcher left them; None for a plain ``python script.py``."""
+    launcher = _launcher()
+    if launcher is None:
+        return None
+    names = _LAUNCHERS[launcher]
+    values = [os.environ.get(name) for name in names]
+    if values[0] is None or values[1] is None:
+        missing = names[0] if values[0] is None else names[1]
+        raise EngineError(
+            f"{launcher} start is incomplete: {missing} is not set; start with torchrun, "
+            f"or unset {names[0]} and {names[1]}"
+        )
+    try:
+        rank, world_size, local_rank = int(values[0]), int(values[1]), int(values[2] or 0)
+    except ValueError:
+        raise EngineError(f"{', '.join(names)} must be integers, got {values}: start with torchrun") from None
+    if not 0 <= rank < world_size:
+        raise EngineError(f"{names[0]}={rank} must lie in [0, {names[1]}={world_size}): start with torchrun")
+    if launcher == "torchrun" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        _refuse_torchrun_many_times()
+    if launcher == "Slurm" and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+        local_rank = 0  # srun shows each task its own GPU and no other
+    return Placement(rank, world_size, local_rank)
+
+
+def _launcher() -> str | None:
     for launcher, names in _LAUNCHERS.items():
-        values = [os.environ.get(name) for name in names]
-        if launcher == "Slurm" and values[1] in (None, "1"):
+        if launcher == "Slurm" and os.environ.get(names[1], "1") == "1":
             continue
-        if values[0] is None and values[1] is None:
-            continue
-        if values[0] is None or values[1] is None:
-            missing = names[0] if values[0] is None else names[1]
-            raise EngineError(
-                f"{launcher} start is incomplete: {missing} is not set; start with torchrun, "
-                f"or unset {names[0]} and {names[1]}"
-            )
-        try:
-            rank, world_size, local_rank = int(values[0]), int(values[1]), int(values[2] or 0)
-        except ValueError:
-            raise EngineError(f"{', '.join(names)} must be integers, got {values}: start with torchrun") from None
-        if not 0 <= rank < world_size:
-            raise EngineError(f"{names[0]}={rank} must lie in [0, {names[1]}={world_size}): start with torchrun")
-        return Placement(rank, world_size, local_rank)
+        if names[0] in os.environ or names[1] in os.environ:
+            return launcher
     return None
 
 
-def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
+def _refuse_torchrun_many_times() -> None:
+    """One torchrun for one machine, but several of it: each would believe to be alone and write the same files."""
+    for launcher in ("OpenMPI", "Slurm"):
+        count = _LAUNCHERS[launcher][1]
+        if os.environ.get(count, "1") != "1":
+            raise EngineError(
+                f"{launcher} started torchrun {os.environ[count]} times, each for one machine alone: let it start "
+                f"python directly, or torchrun once a machine with --nnodes (for independent runs unset {count})"
+            )
+
+
+def _local_processes() -> int | None:
+    """How many of the job's processes run on this machine, where the launcher says it."""
+    launcher = _launcher()
+    if launcher == "OpenMPI":
+        value = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    elif launcher == "Slurm":
+        counts = _spelt_out(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        node = os.environ.get("SLURM_NODEID", "")
+        value = counts[int(node)] if node.isdigit() and int(node) < len(counts) else None
+        if value is None and os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1":
+            value = os.environ["SLURM_STEP_NUM_TASKS"]
+    else:  # DeepSpeed's launcher has a name of its own
+        value = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(value) if value and value.isdigit() and value != "0" else None
+
+
+def _spelt_out(counts: str) -> list[str]:
+    """``2(x3),1`` as Slurm writes it → 2, 2, 2, 1; empty for anything else."""
+    if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", counts):
+        return []
+    return [number for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+
+
+def init(device: str = "auto", *, timeout_s: float = 1800.0, group_of_one: bool = False) -> torch.device:
     """Choose this process's device and join the process group when a launcher started several.
 
     A process group that exists already is used as it is.
@@ -68,6 +118,7 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
     Args:
         device: ``auto`` (CUDA when there is one, else CPU), ``cuda``, ``cuda:N`` or ``cpu``.
         timeout_s: seconds after which a collective that a lost or hung rank blocks ends the job.
+        group_of_one: make a process group for a single process too, which DeepSpeed needs.
 
     Returns:
         The device of this process (the local rank's one under a launcher).
@@ -75,44 +126,79 @@ def init(device: str = "auto", *, timeout_s: float = 1800.0) -> torch.device:
     Raises:
         EngineError: CUDA asked for and absent, more local processes than devices, incomplete environment.
     """
-    global _started_here
+    global _started_here, _has_had_group
     placement = placement_from_environment()
     chosen = _choose_device(device, placement.local_rank if placement else None)
     if placement is not None and placement.world_size > 1 and not dist.is_initialized():
-        if "MASTER_PORT" not in os.environ:
-            raise EngineError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
-        if "MASTER_ADDR" not in os.environ:
-            if not _all_here(placement.world_size):
-                raise EngineError(
-                    "MASTER_ADDR is not set, and not all processes are known to run on this machine: "
-                    "export MASTER_ADDR (the machine of rank 0), or start with torchrun"
-                )
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
-        # objects and flags travel over gloo also beside NCCL, so that no collective needs the accelerator
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        _find_meeting_place(placement.world_size)
         try:
             dist.init_process_group(
-                backend,
+                _collectives(chosen),
                 init_method="env://",
                 rank=placement.rank,
                 world_size=placement.world_size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            first = str(error).splitlines()[0]
-            raise EngineError(
-                f"cannot meet the other processes at {address} ({first}): choose a free MASTER_PORT"
-            ) from None
+        except RuntimeError as error:  # torch's own network errors are of this kind, gloo's are just this
+            raise EngineError(_why_no_meeting(error)) from None
         _started_here = True
+    elif group_of_one and not dist.is_initialized():
+        dist.init_process_group(_collectives(chosen), store=dist.HashStore(), rank=0, world_size=1)
+        _started_here = True
+    _has_had_group = _has_had_group or _started_here
     return chosen
 
 
-def _all_here(world_size: int) -> bool:
-    """Whether the launcher says that all processes are on this machine."""
-    if "SLURM_STEP_NUM_TASKS" in os.environ and "RANK" not in os.environ:
-        return os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
-    return str(world_size) in (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
+def _collectives(device: torch.device) -> str:
+    # objects and flags travel over gloo also beside NCCL, so that no collective needs the accelerator
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _find_meeting_place(world_size: int) -> None:
+    """Have MASTER_ADDR and MASTER_PORT in the environment, from Slurm's variables where nobody gave them.
+
+    Raises:
+        EngineError: they are not set and cannot be known.
+    """
+    given = os.environ
+    in_slurm = _launcher() == "Slurm"
+    if "MASTER_PORT" not in given and in_slurm and given.get("SLURM_JOB_ID", "").isdigit():
+        # the same in all tasks, as a rule another one in other jobs and steps, below the ports handed out at random
+        step = given.get("SLURM_STEP_ID", "")
+        given["MASTER_PORT"] = str(
+            20000 + (int(given["SLURM_JOB_ID"]) + 97 * int(step if step.isdigit() else 0)) % 12000
+        )
+    if "MASTER_PORT" not in given:
+        raise EngineError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
+    if "MASTER_ADDR" not in given and _local_processes() == world_size:
+        given["MASTER_ADDR"] = "127.0.0.1"
+    if "MASTER_ADDR" not in given and in_slurm:
+        given.update(_first_machine(given.get("SLURM_STEP_NODELIST", "")))
+    if "MASTER_ADDR" not in given:
+        raise EngineError(
+            "MASTER_ADDR is not set, and not all processes are known to run on this machine: "
+            "export MASTER_ADDR (the machine of rank 0), or start with torchrun"
+        )
+
+
+def _why_no_meeting(error: RuntimeError) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "connectFullMesh" in first:
+        return (
+            f"met at {address}, but the processes cannot reach each other ({first}): set GLOO_SOCKET_IFNAME, and with "
+            "GPUs NCCL_SOCKET_IFNAME, to the network interface that joins the machines (docs/several_machines.md)"
+        )
+    way = "choose a free MASTER_PORT"
+    if "listen" not in first:
+        way = "have all been started, is MASTER_ADDR right, and does a firewall let the port through?"
+    return f"cannot meet the other processes at {address} ({first}): {way}"
+
+
+def _first_machine(nodes: str) -> dict[str, str]:
+    """MASTER_ADDR from Slurm's node list, such as ``gpu[03-05,9]`` or ``a,b``; nothing for a rarer spelling."""
+    found = re.match(r"([\w.-]+)(?:\[(\d+)[\d,-]*\])?(,|$)", nodes)
+    return {"MASTER_ADDR": found[1] + (found[2] or "")} if found else {}
 
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:
@@ -148,6 +234,11 @@ def shutdown() -> None:
     _started_here = False
 
 
+def has_had_group() -> bool:
+    """Whether ``init`` has joined a process group in this process, even if it was left since."""
+    return _has_had_group
+
+
 def rank() -> int:
     """Index of this process, 0 when alone."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -161,7 +252,10 @@ def world_size() -> int:
 def cores_per_process() -> int:
     """Processor cores of this machine that each local process may take for itself, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    own = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if _launcher() == "Slurm" and own.isdigit():
+        return max(min(cores, int(own)), 1)  # srun may have bound this process to them: then they are all it sees
+    return max(cores // (_local_processes() or 1), 1)
 
 
 def is_main() -> bool:
@@ -203,11 +297,36 @@ def all_reduce_(tensor: Tensor, op: str = "sum") -> Tensor:
 def raise_together(error: Exception | None) -> None:
     """Raise on every process when any process failed, so that none waits for one that has left.
 
-    A process with an error of its own raises that; the others raise ``EngineError`` with the first message.
+    A process with an error of its own raises that; the others raise ``EngineError`` with the first message. It bears
+    ``agreed = True``.
     """
     messages = gather_objects(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for index, message in enumerate(messages):
-        if message is not None:
-            raise EngineError(f"rank {index}: {message}")
+    if error is None:
+        failed = [index for index, message in enumerate(messages) if message is not None]
+        if not failed:
+            return
+        error = EngineError(f"rank {failed[0]}: {messages[failed[0]]}")
+    error.agreed = True
+    raise error
+
+
+def report_failure(message: str) -> None:
+    """Leave word for the other processes, which will notice only that contact is lost; the first message stays."""
+    if dist.is_initialized() and reported_failure() is None:
+        with suppress(Exception):  # the process that keeps the store may be gone: then there is nobody to tell
+            _store().set(_FAILURE_KEY, f"rank {rank()}: {message}")
+
+
+def reported_failure() -> str | None:
+    """What the first process that failed has left word of, if anything; does not wait."""
+    if not dist.is_initialized():
+        return None
+    with suppress(Exception):
+        store = _store()
+        if store.check([_FAILURE_KEY]):
+            return store.get(_FAILURE_KEY).decode()
+    return None
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_POR
 OPENMPI = ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
 VARIABLES += [*OPENMPI, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
 VARIABLES += ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "OMPI_COMM_WORLD_LOCAL_SIZE"]
+VARIABLES += ["SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"]
+VARIABLES += ["SLURM_GPUS_PER_TASK", "SLURM_CPUS_PER_TASK", "GROUP_WORLD_SIZE", "LOCAL_SIZE"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,14 @@ def _no_launcher(monkeypatch):
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, None),  # an interactive allocation
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # python in a batch script, no srun
         ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8"}, Placement(0, 2, 0)),
+        (  # torchrun once a machine, by srun
+            {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2", "GROUP_WORLD_SIZE": "2"},
+            Placement(9, 16, 1),
+        ),
+        (  # each task sees its own GPU alone
+            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_GPUS_PER_TASK": "1"},
+            Placement(5, 8, 0),
+        ),
     ],
 )
 def test_the_launcher_s_variables_say_where_a_process_stands(monkeypatch, variables, placement):
@@ -58,6 +69,14 @@ def test_the_launcher_s_variables_say_where_a_process_stands(monkeypatch, variab
         (
             {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "MASTER_PORT": "1"},
             "MASTER_ADDR is not set",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"},
+            "Slurm started torchrun 2 times, each for one machine alone: let it start python directly",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "OpenMPI started torchrun 2 times",
         ),
     ],
 )
@@ -98,6 +117,84 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * alone))
     assert alone >= 1
     assert distributed.cores_per_process() == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"}, 4),  # DeepSpeed's launcher
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "2"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_CPUS_PER_TASK": "6"}, 2),  # 12 cores for two of 6
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "many"}, 1),
+        ({}, 1),
+    ],
+)
+def test_every_launcher_says_how_many_processes_share_the_cores_of_a_machine(monkeypatch, variables, processes):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.cores_per_process() == 12 // processes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "address"),
+    [
+        ("n1", "n1"),
+        ("gpu[03-05,9]", "gpu03"),
+        ("a-b.c,d[1-2]", "a-b.c"),
+        ("n[7],x", "n7"),
+        ("n[1-2]-ib", None),
+        ("", None),
+    ],
+)
+def test_slurm_s_node_list_names_the_first_machine_and_the_job_the_port(monkeypatch, nodes, address):
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+    slurm |= {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "2"}
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # set by the function; put back by monkeypatch
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    for name in ("_started_here", "_has_had_group"):  # nothing is joined here
+        monkeypatch.setattr(distributed, name, False)
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **given: joined.append(given))
+    if address is None:
+        with pytest.raises(EngineError, match="MASTER_ADDR is not set, and not all processes are known"):
+            distributed.init("cpu")
+        return
+    distributed.init("cpu")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (address, str(20000 + 345 + 194))
+    assert (joined[0]["rank"], joined[0]["world_size"]) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (dist.DistNetworkError("The server socket has failed to listen on any address"), "choose a free MASTER_PORT"),
+        (dist.DistNetworkError("The client socket has timed out"), "have all been started, is MASTER_ADDR right"),
+        (dist.DistStoreError("Timed out waiting for clients"), "have all been started, is MASTER_ADDR right"),
+        (
+            RuntimeError("Gloo connectFullMesh failed with [x]"),
+            "set GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME",
+        ),
+    ],
+)
+def test_processes_that_cannot_meet_are_told_what_to_look_at(monkeypatch, error, message):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(EngineError, match="at first:29500") as raised:
+        distributed.init("cpu")
+    assert message in str(raised.value)
 
 
 def _use_a_group(rank: int, folder: str) -> None:

@@ -12,8 +12,9 @@ import pytest
 from scripts.beit3_args import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-SHELL_FILES = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
+SHELL_FILES = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch"), ROOT / ".ci" / "run"])
 LAUNCHERS = ("finetune_vqav2.sh", "prediction.sh")
+DIST_RUN = ("dist_run_single.sh", "dist_run_multi.sh")
 PROGRAM = "run_beit3_finetuning.py"
 
 
@@ -49,7 +50,7 @@ def test_bash_can_read_the_script(path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True).stderr == ""
 
 
-@pytest.mark.parametrize("name", [*LAUNCHERS, "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", [*LAUNCHERS, *DIST_RUN, "slurm_train.sbatch", "quickstart.sh", "test.sh"])
 def test_a_script_opens_with_a_comment_and_stops_at_the_first_error(name):
     lines = (ROOT / "scripts" / name).read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
@@ -154,6 +155,10 @@ def test_the_program_is_found_from_another_folder(tmp_path):
         ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE must be a number of processes, got '0'"),
         ({"NNODES": "x"}, "NNODES must be a number of machines, got 'x'"),
         ({"NNODES": "2"}, "NNODES=2 also needs MASTER_ADDR (the first machine) and NODE_RANK (0 to 1)"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK must be a number from 0 to 1, got '2'"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "x"}, "NODE_RANK must be a number from 0 to 1, got 'x'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT must be a port from 1 to 65535, got '65536'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a port from 1 to 65535, got 'http'"),
         ({"PLAINVL_VENV": "/no/such"}, "PLAINVL_VENV=/no/such has no bin/python"),
     ],
 )
@@ -163,6 +168,119 @@ def test_a_bad_variable_is_one_line_and_exit_code_2(variables, message):
     assert done.stderr.startswith("finetune_vqav2.sh: error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+# --- dist_run_single.sh and dist_run_multi.sh: any program, on one machine and on several -----------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "wanted"),
+    [
+        (["dist_run_multi.sh", "2", "1", "first", "8"], {}, "--nnodes=2 --node_rank=1 --master_addr=first 29500"),
+        (
+            ["dist_run_multi.sh", "2", "0", "10.0.0.1", "8"],
+            {"MASTER_PORT": "1234"},
+            "--nnodes=2 --node_rank=0 --master_addr=10.0.0.1 1234",
+        ),
+        (
+            ["dist_run_multi.sh", "2", "0", "fe80::1", "8"],
+            {"NNODES": "4", "NPROC_PER_NODE": "1"},
+            "--nnodes=2 --node_rank=0 --master_addr=fe80::1 29500",
+        ),
+        (["dist_run_single.sh", "8"], {"NNODES": "4", "NODE_RANK": "0", "MASTER_ADDR": "a"}, "--standalone"),
+        (["dist_run_single.sh", "8"], {"MASTER_PORT": "1234"}, "--master_addr=127.0.0.1 1234"),
+    ],
+)
+def test_the_positions_of_a_dist_run_command_become_torchrun_s_flags(words, variables, wanted):
+    start, flags = printed(*words, PROGRAM, "--task", "vqav2", "--lr", "1", **variables)
+    wanted = [f"--master_port={word}" if word.isdigit() else word for word in wanted.split()]
+    assert start == [f"{sys.prefix}/bin/python", "-m", "torch.distributed.run", "--nproc_per_node=8", *wanted]
+    assert flags == ["--task", "vqav2", "--lr", "1"]
+
+
+@pytest.mark.parametrize("words", [["dist_run_single.sh", "1"], ["dist_run_multi.sh", "1", "0", "first", "1"]])
+def test_a_dist_run_command_for_one_process_is_plain_python(words):
+    assert printed(*words, PROGRAM)[0] == [f"{sys.prefix}/bin/python"]
+
+
+def dist_run_words(tmp_path: Path, *words: str) -> list[str]:
+    done = bash("dist_run_single.sh", "1", *words, cwd=tmp_path, PLAINVL_PRINT="1")
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)[1:]
+
+
+def test_a_program_is_looked_up_as_given_then_in_scripts_then_at_the_root(tmp_path):
+    assert dist_run_words(tmp_path, PROGRAM) == [str(ROOT / PROGRAM)]
+    assert dist_run_words(tmp_path, "report/curves.py") == [str(ROOT / "scripts/report/curves.py")]
+    assert dist_run_words(ROOT, "make_index.py") == ["scripts/make_index.py"]
+    assert dist_run_words(ROOT, "scripts/make_index.py") == ["scripts/make_index.py"]
+    (tmp_path / "make_index.py").touch()
+    assert dist_run_words(tmp_path, "make_index.py") == ["make_index.py"]
+
+
+def test_file_arguments_are_looked_up_as_given_then_in_scripts(tmp_path):
+    words = ["report/curves.py", "output", "no/such.yaml", "--flag.py", str(tmp_path)]
+    wanted = [str(ROOT / "scripts/report/curves.py"), "output", "no/such.yaml", "--flag.py", str(tmp_path)]
+    assert dist_run_words(tmp_path, PROGRAM, *words)[1:] == wanted
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "curves.py").touch()
+    assert dist_run_words(tmp_path, PROGRAM, *words)[1:] == words
+    assert dist_run_words(ROOT, PROGRAM, "report/curves.py")[1:] == ["scripts/report/curves.py"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dist_run_multi.sh", "2", "0", "first", "8"], "dist_run_multi.sh <num_nodes> <node_rank> <master_addr>"),
+        (["dist_run_multi.sh"], "dist_run_multi.sh <num_nodes> <node_rank> <master_addr>"),
+        (["dist_run_multi.sh", "two", "0", "first", "8", PROGRAM], "num_nodes must be a number of machines, got 'two'"),
+        (["dist_run_multi.sh", "2", "2", "first", "8", PROGRAM], "node_rank must be a number from 0 to 1, got '2'"),
+        (["dist_run_multi.sh", "2", "-1", "first", "8", PROGRAM], "node_rank must be a number from 0 to 1, got '-1'"),
+        (["dist_run_multi.sh", "2", "0", "8", PROGRAM, "--x"], "gpus_per_node must be a number of processes, got"),
+        (["dist_run_multi.sh", "2", "0", PROGRAM, "8", "--x"], "master_addr must be the name or address of the first"),
+        (
+            ["dist_run_multi.sh", "2", "0", "first", "0", PROGRAM],
+            "gpus_per_node must be a number of processes, got '0'",
+        ),
+        (["dist_run_multi.sh", "2", "0", "first", "8", "no.py"], "no program no.py: looked for it as given, in "),
+        (["dist_run_single.sh", "8"], "dist_run_single.sh <num_gpus> <program.py>"),
+        (["dist_run_single.sh", PROGRAM, "--x"], f"num_gpus must be a number of processes, got '{PROGRAM}'"),
+    ],
+)
+def test_a_wrong_dist_run_command_is_one_line_and_exit_code_2(words, message):
+    done = bash(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"{words[0]}: error: ")
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("words", [["dist_run_single.sh", "2"], ["dist_run_multi.sh", "2", "0", "127.0.0.1", "1"]])
+def test_a_mistyped_flag_of_a_dist_run_command_is_found_before_anything_starts(words):
+    done = bash(*words, PROGRAM, "--task", "vqav2", "--epoch", "3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--epoch" in done.stderr
+
+
+def test_torchrun_is_told_to_pass_sigusr1_on_and_to_leave_time_for_saving(tmp_path):
+    from torch.distributed.run import get_args_parser
+
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ncase "$*" in *torch.distributed.run*) env;; esac\n')
+    fake.chmod(0o755)
+    said = bash("dist_run_single.sh", "2", "make_index.py", PLAINVL_VENV=str(tmp_path)).stdout.splitlines()
+    variables = dict(line.split("=", 1) for line in said if "=" in line)
+    assert variables["PET_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGHUP"
+    assert variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "300"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PET_SIGNALS_TO_HANDLE", variables["PET_SIGNALS_TO_HANDLE"])
+        assert get_args_parser().parse_args(["x.py"]).signals_to_handle == variables["PET_SIGNALS_TO_HANDLE"]
+    own = {"PET_SIGNALS_TO_HANDLE": "SIGTERM", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "9"}
+    said = bash("dist_run_single.sh", "2", "make_index.py", PLAINVL_VENV=str(tmp_path), **own).stdout
+    assert all(f"{name}={value}\n" in said for name, value in own.items())
+
+
+# --- what a launcher finds and what it misses -------------------------------------------------------------------------
 
 
 def make_default_places(folder: Path, data: str = "data/vqav2") -> None:
