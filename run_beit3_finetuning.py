@@ -10,19 +10,24 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from scripts.beit3_args import parse_args
+from scripts.program import hide_interrupts, run
 
 if __name__ == "__main__":
+    hide_interrupts()
     parse_args()  # --help and mistakes answer at once, before torch is imported
 
 import torch
 
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
-from engine import distributed
-from engine.backend import TorchBackend, resolve_precision
+from engine import distributed, stop
+from engine.backend import Backend, TorchBackend, resolve_precision
+from engine.deepspeed_config import choose_precision, choose_stage, read_config, resolve_config
 from engine.ema import ModelEMA
+from engine.errors import EngineError
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
@@ -32,7 +37,6 @@ from models.beit3.beit3 import compile_layers
 from scripts import beit3_vqa
 from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
-from scripts.program import run
 
 # --task → module with load_labels, train_and_val_loaders, loss_fn, evaluate and run_evaluation
 TASKS = {"vqav2": beit3_vqa}
@@ -43,10 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # ---- 1. processes, device, seed ----
-    device = distributed.init(args.device, timeout_s=args.dist_timeout)
+    deepspeed_file = read_config(args.deepspeed_config) if args.deepspeed_config else None
+    amp, args.zero_stage = choose_precision(args.amp, deepspeed_file), choose_stage(args.zero_stage, deepspeed_file)
+    if args.compile and args.enable_deepspeed and args.zero_stage == 3:
+        raise EngineError("--compile does not go with ZeRO stage 3, which gathers weights inside each layer: drop one")
+    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
     torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    dtype = resolve_precision(args.amp, device)
+    dtype = resolve_precision(amp, device)
     if args.num_workers is None:
         args.num_workers = min(10, distributed.cores_per_process())
     for note in args.notes:
@@ -85,9 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     # ---- 4. evaluate or train ----
     if args.eval:
         autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
-        task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast)
+        with stop.listening():
+            task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast)
     else:
-        train(args, model, tokenizer, answers, device, dtype, output_dir, resume_from)
+        train(args, model, tokenizer, answers, device, dtype, deepspeed_file, output_dir, resume_from)
     distributed.barrier()
     distributed.shutdown()
 
@@ -99,6 +108,7 @@ def train(
     answers: AnswerVocabulary,
     device: torch.device,
     dtype: torch.dtype | None,
+    deepspeed_file: dict[str, Any] | None,
     output_dir: Path | None,
     resume_from: Path | None,
 ) -> None:
@@ -124,19 +134,6 @@ def train(
     )
     warmup_steps = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
     schedule = warmup_cosine(args.lr, args.min_lr, warmup_steps=warmup_steps, total_steps=args.epochs * steps_per_epoch)
-    ema = None
-    if args.model_ema:
-        ema = ModelEMA(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    backend = TorchBackend(
-        model,
-        build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps),
-        device=device,
-        autocast_dtype=dtype,
-        accumulation_steps=args.update_freq,
-        clip_grad=args.clip_grad,
-        ema=ema,
-        initial_loss_scale=2.0**args.initial_scale_power,
-    )
 
     # ---- 7. the plan, said once ----
     facts = {
@@ -150,6 +147,8 @@ def train(
         "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
         "parameter_groups": describe_groups(groups, args.lr),
     }
+    backend, deepspeed_facts = build_backend(args, model, groups, device, dtype, deepspeed_file)
+    facts |= deepspeed_facts
     say(json.dumps(facts, indent=2))
     # a checkpoint that does not fit ends the run here, before anything of the run before is touched
     position = None if resume_from is None else resume_position(backend, train_loader, resume_from)
@@ -195,6 +194,51 @@ def train(
     else:
         best = "" if position.best is None else f"; best validation score {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}; results in {output_dir}")
+
+
+def build_backend(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    groups: list[dict[str, Any]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    deepspeed_file: dict[str, Any] | None,
+) -> tuple[Backend, dict[str, Any]]:
+    """What takes the steps: plain torch, or DeepSpeed when it is asked for; and the settings of DeepSpeed."""
+    optimizer = build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
+    ema = None
+    if args.model_ema:
+        ema = ModelEMA(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    if not args.enable_deepspeed:
+        backend = TorchBackend(
+            model,
+            optimizer,
+            device=device,
+            autocast_dtype=dtype,
+            accumulation_steps=args.update_freq,
+            clip_grad=args.clip_grad,
+            ema=ema,
+            initial_loss_scale=2.0**args.initial_scale_power,
+        )
+        return backend, {}
+    from engine.deepspeed_backend import DeepSpeedBackend  # seconds to import
+
+    config, notices = resolve_config(
+        deepspeed_file,
+        zero_stage=args.zero_stage,
+        batch_size=args.batch_size,
+        accumulation_steps=args.update_freq,
+        world_size=distributed.world_size(),
+        dtype=dtype,
+        clip_grad=args.clip_grad,
+        initial_scale_power=args.initial_scale_power,
+    )
+    for notice in notices:
+        say(f"note: {notice}")
+    backend = DeepSpeedBackend(
+        model, optimizer, device=device, config=config, dtype=dtype, timeout_s=args.dist_timeout, ema=ema
+    )
+    return backend, {"deepspeed": config}
 
 
 def choose_rule(args: argparse.Namespace, model: torch.nn.Module) -> LRRule | None:

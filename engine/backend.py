@@ -14,7 +14,9 @@ from engine import distributed
 from engine.ema import ModelEMA
 from engine.errors import EngineError
 from engine.log import say
+from engine.random_state import get_random_state, set_random_state
 from engine.weights import load_torch_file, read_state_dict
+from engine.zero_files import RUN_FILE
 
 WEIGHTS_FILE = "model.pth"
 EMA_FILE = "model_ema.pth"
@@ -41,6 +43,13 @@ class Backend(Protocol):
 
     def autocast(self) -> AbstractContextManager:
         """Context for the forward pass."""
+        ...
+
+    def rehearse(self, compute_loss: Callable[[], Tensor]) -> None:
+        """Called once before the first step of a resumed run, with that step's loss; must leave no trace.
+
+        For what the first backward pass of a run settles for all later ones.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -132,6 +141,23 @@ class TorchBackend:
             return nullcontext()
         return torch.autocast(self.device.type, self._dtype)
 
+    def rehearse(self, compute_loss: Callable[[], Tensor]) -> None:
+        """Let DDP arrange its buckets by the order in which gradients come, as it does in the first step of a run.
+
+        Where a gradient lies in its bucket decides the order in which more than two processes are added up, and with
+        it the last bit of the sum.
+        """
+        if not isinstance(self.model, DistributedDataParallel) or distributed.world_size() <= 2:
+            return
+        random_state = get_random_state()
+        self.model.require_backward_grad_sync = True
+        with self.autocast():
+            loss = compute_loss()
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._set_gradient_exchange()
+        set_random_state(random_state)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro-batch's mean loss, divided by the number of accumulation steps."""
         self._bad_loss += ~torch.isfinite(loss.detach())
@@ -199,6 +225,11 @@ class TorchBackend:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore a folder that ``save`` wrote; every process reads it."""
+        if (folder / RUN_FILE).exists():
+            raise EngineError(
+                f"{folder} was written with DeepSpeed: give --enable_deepspeed and its --zero_stage, or start anew "
+                f"from its weights: --finetune {folder} with another --output_dir"
+            )
         _load_matching(self.unwrapped().load_state_dict, read_state_dict(folder / WEIGHTS_FILE), folder)
         state = load_torch_file(folder / STATE_FILE)
         _load_matching(self._load_optimizer, state["optimizer"], folder)

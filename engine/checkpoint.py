@@ -17,11 +17,14 @@ import torch
 from engine import distributed
 from engine.backend import Backend
 from engine.errors import EngineError, RunError
+from engine.failures import is_lost_loader_process
+from engine.random_state import get_random_state, set_random_state
 from engine.weights import load_torch_file
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
 BEST = "checkpoint-best"
+AMENDMENT = "amendment.json"  # values that replace some of ``extra``; beside the manifest, which stays as it is
 TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
 
 
@@ -54,16 +57,18 @@ def save_checkpoint(
     _agree(error, final)  # also tells the others that the folder is there
     try:
         backend.save(temporary, extra)
-        torch.save(_random_state(), temporary / f"rng-rank{distributed.rank()}.pth")
+        torch.save(get_random_state(), temporary / f"rng-rank{distributed.rank()}.pth")
         for file_name, content in (copy_files or {}).items() if distributed.is_main() else ():
             (temporary / file_name).write_bytes(content)
     except (OSError, RuntimeError) as raised:  # torch reports a full disk as RuntimeError
+        if is_lost_loader_process(raised):
+            raise
         error = raised
     failures = [text for text in distributed.gather_objects(None if error is None else str(error)) if text]
     if failures:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(_not_written(final, failures[0]))
+        raise _not_written(final, failures[0])
     if distributed.is_main():
         try:
             _commit(temporary, final, extra)
@@ -78,14 +83,16 @@ def _agree(error: Exception | None, final: Path) -> None:
     """Raise on every process when the main process failed."""
     failure = distributed.broadcast_object(None if error is None else str(error))
     if failure:
-        raise RunError(_not_written(final, failure))
+        raise _not_written(final, failure)
 
 
-def _not_written(final: Path, failure: str) -> str:
-    return (
+def _not_written(final: Path, failure: str) -> RunError:
+    error = RunError(
         f"could not write {final} ({failure.splitlines()[0]}): older checkpoints are untouched; "
         "free some space or choose another --output_dir, then run the same command again to go on"
     )
+    error.agreed = True
+    return error
 
 
 def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
@@ -107,10 +114,42 @@ def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
         temporary.rename(final)
     _flush(final.parent)
     if final.name != BEST:
-        pointer = final.parent / f"{TEMPORARY}{POINTER}"
-        _write_text(pointer, final.name + "\n")
-        pointer.replace(final.parent / POINTER)
-        _flush(final.parent)
+        point_to(final)
+
+
+def point_to(folder: Path) -> None:
+    """Let ``latest`` name a checkpoint, unless it does already; call on the main process."""
+    if newest_name(folder.parent) == folder.name:
+        return
+    pointer = folder.parent / f"{TEMPORARY}{POINTER}"
+    _write_text(pointer, folder.name + "\n")
+    pointer.replace(folder.parent / POINTER)
+    _flush(folder.parent)
+
+
+def newest_name(output_dir: Path) -> str | None:
+    """Name of the checkpoint that was written last, as ``latest`` says; None without one."""
+    pointer = output_dir / POINTER
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+
+
+def amend_checkpoint(folder: Path, extra: dict[str, Any]) -> None:
+    """Replace values of the ``extra`` of a checkpoint that is already written (plain values), such as a new score.
+
+    Raises:
+        RunError: the disk is full or not writable; the checkpoint is as it was.
+    """
+    error: OSError | None = None
+    if distributed.is_main():
+        temporary = folder / f"{TEMPORARY}{AMENDMENT}"
+        try:
+            _write_text(temporary, json.dumps(extra) + "\n")
+            temporary.replace(folder / AMENDMENT)
+            _flush(folder)
+        except OSError as raised:
+            temporary.unlink(missing_ok=True)
+            error = raised
+    _agree(error, folder / AMENDMENT)
 
 
 def check_manifest(folder: Path) -> str | None:
@@ -186,10 +225,12 @@ def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     except EngineError as raised:
         error = raised
     distributed.raise_together(error)
+    if (folder / AMENDMENT).is_file():
+        extra |= json.loads((folder / AMENDMENT).read_text(encoding="utf-8"))
     saved_world = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     extra["saved_world_size"] = saved_world
     if saved_world == distributed.world_size():  # with another number of processes there is no draw to go on from
-        _restore_random_state(load_torch_file(folder / f"rng-rank{distributed.rank()}.pth"))
+        set_random_state(load_torch_file(folder / f"rng-rank{distributed.rank()}.pth"))
     return extra
 
 
@@ -228,26 +269,13 @@ def prune(output_dir: Path, keep: int, *, newest: str) -> None:
 
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what an interrupted write left behind; call on the main process before a run starts."""
-    for path in output_dir.glob(f"{TEMPORARY}*"):
+    for path in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"checkpoint-*/{TEMPORARY}*")]:
         old_name = path.name.removeprefix(f"{TEMPORARY}old-")
         if path.name != old_name and path.is_dir() and not (output_dir / old_name).exists():
             if check_manifest(path) is None:  # stopped between the two renames of a replacement
                 path.rename(output_dir / old_name)
                 continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _crc32(path: Path) -> int:

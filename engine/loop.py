@@ -4,16 +4,17 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
+from engine import distributed, stop
 from engine.backend import Backend, StepInfo
-from engine.checkpoint import BEST, load_checkpoint, prune, save_checkpoint
-from engine.errors import RunError
+from engine.checkpoint import BEST, amend_checkpoint, load_checkpoint, newest_name, prune, save_checkpoint
+from engine.errors import RunError, Stopped
 from engine.evaluation import to_device
 from engine.log import RunLog, peak_mib, say
 from engine.schedule import Schedule
@@ -93,19 +94,24 @@ def fit(
 
     Raises:
         RunError: too many non-finite steps in a row, or a checkpoint could not be written.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 reached any process; what there was to save is saved.
     """
     if position is None:
         position = Position()
         log.set_aside()
     else:
-        log.rewind(epoch=position.epoch - (not position.validated), global_step=position.global_step)
+        unfinished = position.epoch - (not position.validated and position.step_in_epoch == 0)
+        log.rewind(epoch=unfinished, global_step=position.global_step)
     run = _Run(backend, loader, loss_fn, schedule, plan, log, evaluate, val_loader)
     try:
-        if not position.validated:
-            run.finish_epoch(position)
-        while position.epoch < plan.epochs and not run.at_limit(position):
-            run.train_epoch(position)
-            run.end_epoch(position)
+        with stop.listening():
+            run.find_checkpoint(position)
+            # one that max_steps cut short and that has more to do now is validated at its epoch's end
+            if not position.validated and (position.step_in_epoch == 0 or run.at_limit(position)):
+                run.finish_epoch(position)
+            while position.epoch < plan.epochs and not run.at_limit(position):
+                run.train_epoch(position)
+                run.end_epoch(position)
     finally:
         log.close()
     return position
@@ -157,6 +163,23 @@ class _Run:
     ) -> None:
         self.backend, self.loader, self.loss_fn, self.schedule = backend, loader, loss_fn, schedule
         self.plan, self.log, self.evaluate, self.val_loader = plan, log, evaluate, val_loader
+        # ds_numel: of a weight that is divided over the processes just now
+        weights = [p for p in backend.unwrapped().parameters() if p.requires_grad]
+        self._num_trainable = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+        self._newest: Path | None = None  # the checkpoint of this very position, once it is written
+        self._resumed = False  # until the first step
+        self._signal = 0  # the one by which the run was asked to stop
+
+    def find_checkpoint(self, position: Position) -> None:
+        """Remember the checkpoint of the position from which the run goes on, if it is one of this output folder."""
+        self._resumed = position.global_step > 0
+        if self.plan.output_dir is None:
+            return
+        folder = self.plan.output_dir / _checkpoint_name(position)
+        self._newest = distributed.broadcast_object(folder if folder.is_dir() else None)
+        # the run before may have been stopped while it removed older ones; --resume may have chosen an older one
+        if self._newest is not None and newest_name(self.plan.output_dir) == self._newest.name:
+            prune(self.plan.output_dir, self.plan.keep_checkpoints, newest=self._newest.name)
 
     def at_limit(self, position: Position) -> bool:
         return self.plan.max_steps is not None and position.global_step >= self.plan.max_steps
@@ -169,18 +192,33 @@ class _Run:
         batches = self.loader.batches(position.epoch, position.step_in_epoch)
         while position.step_in_epoch < self.loader.steps_per_epoch and not self.at_limit(position):
             self._take_step(position, batches, window)
+            self._newest = None
             position.step_in_epoch += 1
             position.global_step += 1
             position.samples_seen += self.loader.samples_per_step
             self.log.advance()
             due = self.plan.save_every_steps and position.global_step % self.plan.save_every_steps == 0
             ended = position.step_in_epoch == self.loader.steps_per_epoch or self.at_limit(position)
-            if position.global_step % self.plan.log_every == 0 or due or ended:
+            self._signal = stop.asked()
+            if position.global_step % self.plan.log_every == 0 or due or ended or self._signal:
                 self._flush(position, window)
-            if due and not ended:
-                self._save(f"checkpoint-step{position.global_step}", position)
+            if ended:
+                break
+            if self._signal:
+                self._leave(position)
+            if due:
+                self._save(position)
                 window.reset()  # the time of writing is no time of training
         self.log.end_epoch_bar()
+
+    def _leave(self, position: Position) -> None:
+        """Save what is not saved yet, then leave with word of it."""
+        if self._newest is None and self.plan.save_every_epochs:
+            self._save(position)
+        where = f"after step {position.global_step}"
+        if self._newest is None:
+            raise Stopped(self._signal, f"{where}, nothing saved, as no checkpoints are wanted")
+        raise Stopped(self._signal, f"{where}; saved {self._newest}, the same command goes on from it")
 
     def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: "_Window") -> None:
         """One accumulation window: forward and backward of each micro-batch, then the optimizer."""
@@ -189,8 +227,12 @@ class _Run:
             waited = time.perf_counter()
             batch = to_device(next(batches), self.backend.device)
             window.data_wait_s += time.perf_counter() - waited
+            compute = partial(self.loss_fn, self.backend.model, batch, position.global_step)
+            if self._resumed:
+                self.backend.rehearse(lambda compute=compute: compute()["loss"])
+                self._resumed = False
             with self.backend.autocast():
-                losses = self.loss_fn(self.backend.model, batch, position.global_step)
+                losses = compute()
             self.backend.backward(losses["loss"])
             window.add(losses, batch.get("sample_id"))
             info = self.backend.step(lr)
@@ -233,11 +275,11 @@ class _Run:
         window.reset()
         if fatal:
             position.failed_in_a_row = 0  # whoever goes on from here has changed something
-            saved = (
-                self._save(f"checkpoint-step{position.global_step}", position) if self.plan.save_every_epochs else None
-            )
+            saved = self._save(position) if self.plan.save_every_epochs else None
             way = f"; saved {saved}, the same command goes on from it" if saved else ""
-            raise RunError(f"{fatal[0]}: lower --lr, set --clip_grad, or look at these samples{way}")
+            error = RunError(f"{fatal[0]}: lower --lr, set --clip_grad, or look at these samples{way}")
+            error.agreed = True
+            raise error
 
     def _judge(self, position: Position, step: "_StepRecord") -> str | None:
         """Name a step that failed; returns what to end the run with, after too many in a row."""
@@ -268,19 +310,25 @@ class _Run:
         finished = position.epoch
         if whole:
             position.epoch, position.step_in_epoch, position.samples_seen = finished + 1, 0, 0
-        position.validated = not whole  # a run cut short by max_steps goes on inside its epoch
+        position.validated = False
         every = self.plan.save_every_epochs
         if every and (last or (finished + 1) % every == 0):
-            self._save(f"checkpoint-{finished}" if whole else f"checkpoint-step{position.global_step}", position)
+            self._save(position)
+        if self._signal:
+            self._leave(position)
         self.finish_epoch(position)
 
     def finish_epoch(self, position: Position) -> None:
-        """Validate the epoch that has just ended, keep the best, write its log line."""
+        """Validate the epoch that has just ended or was cut short by max_steps, keep the best, write its log line."""
         whole = position.step_in_epoch == 0
         finished = position.epoch - 1 if whole else position.epoch
         metrics: dict[str, float] = {}
         if self.evaluate is not None:
-            metrics = self.evaluate(self.backend.unwrapped(), self.val_loader)
+            try:
+                metrics = self.evaluate(self.backend.unwrapped(), self.val_loader)
+            except Stopped as stopped:
+                self._signal = stopped.number
+                self._leave(position)
         position.validated = True
         # before the best is kept: whoever goes on from that checkpoint finds the line of the epoch it ended
         self.log.epoch(self._epoch_row(position, metrics, finished))
@@ -290,9 +338,9 @@ class _Run:
         if score is not None and (position.best is None or score > position.best):
             position.best = score
             if self.plan.save_every_epochs:
-                self._save(BEST, position)
-                if not whole:  # this epoch's end is compared with the best one after a resume
-                    self._save(f"checkpoint-step{position.global_step}", position)
+                self._save(position, best=True)
+        if self._newest is not None:  # the best one is whole by now: who goes on from here need not validate again
+            amend_checkpoint(self._newest, {"position": asdict(position)})
 
     def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
         means = _means(position.means)
@@ -302,12 +350,13 @@ class _Run:
         }
         row |= {f"val_{key}": value for key, value in metrics.items()}
         row["epoch"] = finished
-        row["n_parameters"] = sum(p.numel() for p in self.backend.unwrapped().parameters() if p.requires_grad)
+        row["n_parameters"] = self._num_trainable
         return row
 
-    def _save(self, name: str, position: Position) -> Path | None:
+    def _save(self, position: Position, *, best: bool = False) -> Path | None:
         if self.plan.output_dir is None:
             return None
+        name = BEST if best else _checkpoint_name(position)
         extra = {
             "position": asdict(position),
             "samples_per_step": self.loader.samples_per_step,
@@ -316,9 +365,17 @@ class _Run:
         }
         folder = save_checkpoint(self.backend, self.plan.output_dir, name, extra, copy_files=self.plan.checkpoint_files)
         say(f"saved {folder}")
-        if name != BEST:
+        if not best:
+            self._newest = folder
             prune(self.plan.output_dir, self.plan.keep_checkpoints, newest=name)
         return folder
+
+
+def _checkpoint_name(position: Position) -> str:
+    """By the number of the epoch that has ended (from 0 on), or by the step inside an epoch."""
+    if position.step_in_epoch == 0 and position.epoch > 0:
+        return f"checkpoint-{position.epoch - 1}"
+    return f"checkpoint-step{position.global_step}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine import distributed
-from engine.checkpoint import MANIFEST, TEMPORARY, clear_leftovers, find_newest, require_sound
+from engine.checkpoint import BEST, MANIFEST, TEMPORARY, clear_leftovers, find_newest, point_to, require_sound
 from engine.errors import EngineError
 from engine.log import say
 
@@ -21,19 +21,20 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         Checkpoint folder, or None to start anew; the same on all processes.
 
     Raises:
-        EngineError: the folder cannot be written, nothing to resume from, or a new run would mix with an old one.
+        EngineError: the folder cannot be written or is not shared by the processes, nothing to resume from, or a new
+            run would mix with an old one.
     """
     error: EngineError | None = None
+    probe = output_dir / f"{TEMPORARY}probe"
     chosen: Path | None = None
     if distributed.is_main():
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            probe = output_dir / f"{TEMPORARY}probe"
             probe.touch()
-            probe.unlink()
             if training:
                 clear_leftovers(output_dir)
                 chosen = _choose_resume(output_dir, resume, auto_resume)
+            probe.touch()
         except OSError as raised:
             error = EngineError(
                 f"--output_dir {output_dir} cannot be written ({raised.strerror}): choose another folder"
@@ -41,6 +42,16 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         except EngineError as raised:
             error = raised
     distributed.raise_together(error)
+    if not probe.exists():  # every process writes into it: the first checkpoint would fail, perhaps hours later
+        error = EngineError(
+            f"--output_dir {output_dir} is not the same folder for all processes: put it on a file system that all "
+            "machines share"
+        )
+    try:
+        distributed.raise_together(error)
+    finally:
+        if distributed.is_main():
+            probe.unlink()
     return distributed.broadcast_object(chosen)
 
 
@@ -61,6 +72,8 @@ def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | N
             raise EngineError(
                 f"--resume latest: {output_dir} holds no sound checkpoint; leave --resume out to start anew"
             )
+        if newest is not None and newest.name != BEST:  # a stop between the checkpoint and the pointer to it
+            point_to(newest)
         return newest
     if newest is not None:
         raise EngineError(

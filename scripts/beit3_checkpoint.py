@@ -9,6 +9,9 @@ from data.vqa_index import ANSWER_FILE
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "beit3.spm"
+_KINDS = {"model": (str, "a text")} | dict.fromkeys(
+    ("image_size", "vocab_size", "num_answers", "num_max_bpe_tokens"), (int, "a whole number above 0")
+)
 
 
 def checkpoint_folder(weights: str | Path) -> Path | None:
@@ -19,11 +22,18 @@ def checkpoint_folder(weights: str | Path) -> Path | None:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return None
+    way_out = "restore the file, or give the weights file in another folder"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise DataError(f"{path} is not JSON: restore it, or give the weights file in another folder") from None
-    return folder if isinstance(config, dict) and config.get("family") == "beit3" else None
+        raise DataError(f"{path} is not JSON: {way_out}") from None
+    if not isinstance(config, dict) or config.get("family") != "beit3":
+        return None
+    for name, (kind, words) in _KINDS.items():
+        value = config.get(name)
+        if type(value) not in (kind, type(None)) or (kind is int and value is not None and value < 1):
+            raise DataError(f"{path}: {name} must be {words}, it is {value!r:.80}: {way_out}")
+    return folder
 
 
 def read_checkpoint_config(weights: str | Path) -> dict[str, Any]:
