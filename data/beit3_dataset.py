@@ -31,7 +31,7 @@ class VQASample:
     tokens: list[int]  # with the special tokens at both ends
     labels: Sequence[int]
     scores: Sequence[float]
-    image_replaced: bool
+    image_error: str = ""  # why the image is a grey stand-in; empty for a good one
 
 
 class BEiT3VQADataset:
@@ -68,15 +68,19 @@ class BEiT3VQADataset:
         return len(self._records)
 
     def sample(self, index: int, rng: np.random.Generator) -> VQASample:
-        """Read, decode and transform question ``index``."""
+        """Read, decode and transform question ``index``.
+
+        Raises:
+            DataError: the image cannot be read, and is not to be replaced; names sample, question, file and reason.
+        """
         record = self._records[index]
-        replaced = False
+        image_error = ""
         try:
             image = self._transform(load_image(resolve_inside(self._root, record.image_path)), rng)
-        except DataError:
+        except DataError as error:
+            image_error = f"sample {index} (question {record.question_id}): {error}"
             if not self._replace_broken_images:
-                raise
-            replaced = True
+                raise DataError(image_error) from None
             image = torch.full((3, self._image_size, self._image_size), 128, dtype=torch.uint8)
         return VQASample(
             sample_id=index,
@@ -85,7 +89,7 @@ class BEiT3VQADataset:
             tokens=self._tokenizer.build_segment(record.tokens, self._max_tokens),
             labels=record.labels,
             scores=record.scores,
-            image_replaced=replaced,
+            image_error=image_error,
         )
 
 
@@ -139,5 +143,6 @@ class VQACollate:
             "targets": targets,
             "question_id": [sample.question_id for sample in samples],
             "sample_id": [sample.sample_id for sample in samples],
-            "images_replaced": sum(sample.image_replaced for sample in samples),
+            "images_replaced": sum(bool(sample.image_error) for sample in samples),
+            "image_errors": [sample.image_error for sample in samples if sample.image_error],
         }

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from data.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 
 
 def read_json(path: str | Path, *, advice: str = "") -> Any:
@@ -126,7 +127,8 @@ def check_relative(relative: object, where: str = "path") -> str:
     Absolute paths and every ``..`` are refused, the harmless "a/../b" too: behind a symbolic link ".." leads elsewhere.
 
     Raises:
-        DataError: not a non-empty string, absolute, or with a ".." part; ``where`` opens the message.
+        DataError: not a non-empty string, absolute, with a ".." part or a name that no file can have; ``where`` opens
+            the message.
     """
     if type(relative) is not str or not relative or "\0" in relative:
         raise DataError(f"{where}: an image path must be a non-empty string, got {relative!r:.80}")
@@ -136,6 +138,13 @@ def check_relative(relative: object, where: str = "path") -> str:
         raise DataError(
             f"{where}: {relative!r:.200} contains '..'; paths in data files must stay inside the data folder"
         )
+    if len(relative) > MAX_NAME_BYTES or not relative.isascii():
+        try:
+            parts = relative.encode().split(b"/")
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: {relative!r:.200} is no proper text, an image path must be") from None
+        if max(map(len, parts)) > MAX_NAME_BYTES:
+            raise DataError(f"{where}: {relative!r:.80} has a name longer than {MAX_NAME_BYTES} bytes: no file has")
     return relative
 
 
@@ -176,9 +185,9 @@ def _unreadable(path: str | Path, error: OSError) -> str:
 def _bad_line(where: str, raw: bytes, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(where, raw)
-    if not raw.endswith(b"\n"):
-        return f"{where}: the last line is cut off ({error}): make the file again"
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+    if not raw.endswith(b"\n"):
+        return f"{where}: the last line is cut off ({reason}): make the file again"
     return f"{where}: not JSON ({reason}): mend or remove the line"
 
 

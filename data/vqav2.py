@@ -228,7 +228,7 @@ def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
     by_id: dict[int, dict] = {}
     for place, item in enumerate(items):
         qid = item.get("question_id") if isinstance(item, dict) else None
-        name = f"{path}: {key}[{place}]" if qid is None else f"{path}: question {qid}"
+        name = f"{path}: {key}[{place}]" if qid is None else f"{path}: question {qid!s:.40}"
         for wanted, kind in kinds.items():
             if not isinstance(item, dict) or type(item.get(wanted)) is not kind:
                 raise DataError(f'{name}: "{wanted}" must be of type {kind.__name__}, the entry is {item!r:.120}')

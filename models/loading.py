@@ -40,7 +40,8 @@ def load_weights(
 
     Raises:
         ModelError: one message with everything missing, unexpected or of another shape beyond what the patterns
-            allow; or a value that is no tensor, NaN or infinite. The model is unchanged then.
+            allow; or a value that is no tensor, NaN, infinite, or whole numbers where the model has fractions. The
+            model is unchanged then.
     """
     own = model.state_dict()
     for name, value in state_dict.items():
@@ -64,6 +65,11 @@ def load_weights(
     loaded = [name for name in common if own[name].shape == state_dict[name].shape]
     for name in loaded:
         value = state_dict[name]
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise ModelError(
+                f"the checkpoint's weight {name!r} holds {_kind(value)} where the model has {_kind(own[name])}: "
+                f"give the weights as they were before they were quantised or packed"
+            )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(
                 f"the checkpoint's weight {name!r} holds NaN or infinite values: the file is damaged or its training "
@@ -84,6 +90,10 @@ def _refuse_misfits(missing: list[str], extra: list[str], mismatched: list[str])
             f"the checkpoint does not fit the model ({'; '.join(problems)}): give a checkpoint of this model and task, "
             f"or the model and task of this checkpoint"
         )
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def _shorten(names: list[str]) -> str:

@@ -41,7 +41,7 @@ def test_a_sample_has_the_transformed_image_and_the_token_segment(root, tokenize
     samples = dataset(root, tokenizer, record())
     sample = samples.sample(0, np.random.default_rng(0))
     assert len(samples) == 1
-    assert (sample.sample_id, sample.question_id, sample.image_replaced) == (0, 77, False)
+    assert (sample.sample_id, sample.question_id, sample.image_error) == (0, 77, "")
     assert sample.image.shape == (3, SIDE, SIDE)
     assert sample.image.dtype == torch.uint8
     assert sample.tokens == [tokenizer.bos_id, 5, 6, 7, 8, 9, tokenizer.eos_id]
@@ -65,17 +65,17 @@ def test_the_transform_draws_from_the_generator_that_it_is_given(root, tokenizer
 
 @pytest.mark.parametrize("name", ["images/broken.png", "images/absent.png"])
 def test_a_broken_image_stops_or_is_replaced_by_grey_on_request(root, tokenizer, name):
-    with pytest.raises(DataError, match=Path(name).name):
+    with pytest.raises(DataError, match=rf"^sample 0 \(question 77\): .*{Path(name).name}"):
         dataset(root, tokenizer, record(name)).sample(0, np.random.default_rng(0))
     sample = dataset(root, tokenizer, record(name), replace_broken_images=True).sample(0, np.random.default_rng(0))
-    assert sample.image_replaced
+    assert Path(name).name in sample.image_error
     assert sample.image.shape == (3, SIDE, SIDE)
     assert set(sample.image.flatten().tolist()) == {128}
 
 
 def sample(index, tokens, labels=(), scores=(), replaced=False):
     image = torch.full((3, 2, 2), index, dtype=torch.uint8)
-    return VQASample(index, 100 + index, image, tokens, labels, scores, replaced)
+    return VQASample(index, 100 + index, image, tokens, labels, scores, "no image" if replaced else "")
 
 
 def test_a_batch_has_soft_targets_ids_and_the_number_of_replaced_images():
@@ -87,7 +87,8 @@ def test_a_batch_has_soft_targets_ids_and_the_number_of_replaced_images():
     assert batch["question"].tolist() == [[0, 9, 2], [0, 2, 1]]
     assert batch["padding_mask"].tolist() == [[0, 0, 0], [0, 0, 1]]
     torch.testing.assert_close(batch["targets"], torch.tensor([[1.0, 0.0, 0.6, 0.0], [0.0, 0.0, 0.0, 0.0]]))
-    assert (batch["sample_id"], batch["question_id"], batch["images_replaced"]) == ([3, 5], [103, 105], 1)
+    assert (batch["sample_id"], batch["question_id"]) == ([3, 5], [103, 105])
+    assert (batch["images_replaced"], batch["image_errors"]) == (1, ["no image"])
 
 
 def test_missing_images_are_counted_and_the_first_named(root):

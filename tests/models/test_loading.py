@@ -75,6 +75,14 @@ def test_half_precision_weights_are_converted():
     assert torch.equal(target[0].weight, state["0.weight"].half().float())
 
 
+def test_whole_numbers_in_place_of_fractions_are_refused_by_name():
+    target, state = model(), weights()
+    start = target[0].weight.clone()
+    with pytest.raises(ModelError, match=r"'1\.bias' holds int8 where the model has float32: give .* quantised"):
+        load_weights(target, {**state, "1.bias": state["1.bias"].to(torch.int8)})
+    assert torch.equal(target[0].weight, start)
+
+
 def test_an_entry_that_is_no_tensor_is_refused():
     with pytest.raises(ModelError, match="'epoch' is a int, not a tensor"):
         load_weights(model(), {**weights(), "epoch": 3})
