@@ -3,9 +3,11 @@
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
@@ -16,28 +18,27 @@ from models.errors import ModelError
 INPUT_ERRORS = (DataError, EngineError, ModelError)
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """How a program ends: its exit code and last line."""
+
+    code: int
+    message: str = ""
+    agreed: bool = False  # all processes end so, and one of them need say it
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call ``main`` and leave with 0; 2 for input that the user can mend; 1 for a run-time failure; 130 for Ctrl-C.
 
     After SIGTERM and SIGUSR1, upon which training saves, the code is 143 and 138 (128 + the signal's number). Anything
     else is a bug of ours and shows its traceback.
     """
-    try:
-        main()
-    except INPUT_ERRORS as error:
-        _leave(2, f"error: {error}", agreed=getattr(error, "agreed", False))
-    except RunError as error:
-        _leave(1, f"error: {error}", agreed=error.agreed)
-    except Stopped as stopped:
-        _leave(stopped.exit_code, str(stopped), agreed=True)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _end(1)
-    except KeyboardInterrupt:
-        _leave(130, "stopped by Ctrl-C")
-    except Exception as error:
-        _leave_unexpectedly(error)
-    _end(0)
+    outcome = _call(main)
+    gc.collect()  # the exception and the frames of main are gone, so data loaders end their processes in order
+    _kill_loader_processes()
+    if outcome.message:
+        _say(outcome)
+    _end(outcome.code)
 
 
 def hide_interrupts() -> None:
@@ -45,13 +46,33 @@ def hide_interrupts() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            _leave(130, "stopped by Ctrl-C")
+            _say(_Outcome(130, "stopped by Ctrl-C"))
+            os._exit(130)
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
 
 
-def _leave_unexpectedly(error: Exception) -> NoReturn:
+def _call(main: Callable[[], None]) -> _Outcome:
+    try:
+        main()
+    except INPUT_ERRORS as error:
+        return _Outcome(2, f"error: {error}", getattr(error, "agreed", False))
+    except RunError as error:
+        return _Outcome(1, f"error: {error}", error.agreed)
+    except Stopped as stopped:
+        return _Outcome(stopped.exit_code, str(stopped), agreed=True)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _Outcome(1)
+    except KeyboardInterrupt:
+        return _Outcome(130, "stopped by Ctrl-C")
+    except Exception as error:
+        return _Outcome(1, _describe(error))
+    return _Outcome(0)
+
+
+def _describe(error: Exception) -> str:
     """Known failures of the surroundings get one line, the rest a traceback."""
     from engine.failures import explain  # imports torch, which a program may do without until here
 
@@ -63,30 +84,40 @@ def _leave_unexpectedly(error: Exception) -> NoReturn:
             "(free some space or check the path, then run the same command again)"
         )
     if line is not None:
-        _leave(1, f"error: {line}")
+        return f"error: {line}"
     traceback.print_exception(error)
-    _leave(1, f"{type(error).__name__}: {error}; this is a bug, please report it with the lines above")
+    return f"{type(error).__name__}: {error}; this is a bug, please report it with the lines above"
 
 
-def _leave(code: int, message: str, *, agreed: bool = False) -> NoReturn:
-    """Print one line and end; what all processes know (``agreed``) is said by the main one only."""
-    line = " ".join(message.split())
+def _say(outcome: _Outcome) -> None:
+    """Print the last line; where several processes end alike, the main one says it."""
+    line = " ".join(outcome.message.split())
     program = os.path.basename(sys.argv[0]) or "plainvl"
     distributed = sys.modules.get("engine.distributed")  # a program that never imported it has one process
-    several = distributed is not None and distributed.world_size() > 1
-    if several and not agreed:
-        distributed.report_failure(line)
-        line = f"rank {distributed.rank()}: {line}"
-    if not (several and agreed) or distributed.is_main():
-        print(f"{program}: {line}", file=sys.stderr, flush=True)
-    _end(code)
+    if distributed is not None and distributed.world_size() > 1:
+        if outcome.agreed and not distributed.is_main():
+            return
+        if not outcome.agreed:
+            distributed.report_failure(line)
+            line = f"rank {distributed.rank()}: {line}"
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+
+def _kill_loader_processes() -> None:
+    """End those that are left: they ignore SIGTERM, so that the shutdown of the interpreter would wait for them."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if not children:
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    signal.signal(signal.SIGCHLD, before)
 
 
 def _end(code: int) -> NoReturn:
     """Leave the interpreter; with a process group, or after one, without the shutdown in which gloo may abort."""
-    gc.collect()  # data loaders end their processes in order when they are collected
-    for child in multiprocessing.active_children():
-        child.kill()
     distributed = sys.modules.get("engine.distributed")
     if distributed is None or not distributed.has_had_group():
         raise SystemExit(code)

@@ -545,21 +545,35 @@ def test_help_is_quick_and_needs_no_torch(name):
     assert done.stderr == ""
 
 
-def test_a_run_time_failure_is_exit_code_1_and_ctrl_c_130(capsys):
-    for raised, code in ((OSError(28, "No space left on device", "/full"), 1), (KeyboardInterrupt(), 130)):
+def test_a_run_time_failure_is_exit_code_1_and_one_line(capsys):
+    def main():
+        raise OSError(28, "No space left on device", "/full")
 
-        def main(error=raised):
-            raise error
-
-        with pytest.raises(SystemExit) as left:
-            run(main)
-        assert left.value.code == code
-        assert the_error_line(capsys.readouterr().err)
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == 1
+    assert "No space left on device: /full" in the_error_line(capsys.readouterr().err)
 
 
-def test_a_bug_of_ours_shows_its_traceback():
+def test_ctrl_c_is_exit_code_130_and_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run(main)
+    assert left.value.code == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith(": stopped by Ctrl-C")
+
+
+def test_a_bug_of_ours_shows_its_traceback_and_asks_for_a_report(capsys):
     def main():
         raise KeyError("a bug")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(SystemExit) as left:
         run(main)
+    assert left.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].endswith("KeyError: 'a bug'; this is a bug, please report it with the lines above")
