@@ -9,7 +9,6 @@ from tests.citations import ROOT, Citation, absent, absent_cases, citations_in
 PAGE = ROOT / "docs/faults.md"
 # cases per section: 60 kills and signals, 34 resumes, 20 kinds of images, ...
 NUM_CASES = {"A": 60, "B": 34, "C": 20, "D": 20, "E": 16, "F": 8, "G": 14, "H": 8, "I": 8, "J": 6}
-PENDING = "—pending—"
 NOT_HERE = re.compile(r"does not apply: \S.*")  # in place of a test, with the reason
 
 
@@ -29,7 +28,7 @@ def test_each_section_has_all_its_cases_numbered_from_one():
 
 def test_every_case_cites_a_test_that_is_there():
     for number, (*_, test) in cases().items():
-        assert test == PENDING or NOT_HERE.fullmatch(test) or citations_in(test), number
+        assert NOT_HERE.fullmatch(test) or citations_in(test), number
     assert absent(citations_in(PAGE.read_text(encoding="utf-8"))) == []
 
 
@@ -39,19 +38,8 @@ def test_every_cited_case_of_a_table_is_collected():
 
 def test_a_citation_of_what_is_not_there_is_noticed():
     here = "tests/test_faults.py"
-    text = f"`{here}::test_gone`, `tests/gone.py::test_x`, `{here}::test_no_case_is_pending_without_notice[none]`"
+    text = f"`{here}::test_gone`, `tests/gone.py::test_x`, `{here}::test_every_cited_case_of_a_table_is_collected[none]`"
     assert absent(citations_in(text)) == [f"{here}::test_gone", "tests/gone.py::test_x"]
-    of_no_case = Citation(here, "test_no_case_is_pending_without_notice", "none")
+    of_no_case = Citation(here, "test_every_cited_case_of_a_table_is_collected", "none")
     assert citations_in(text)[2] == of_no_case
     assert absent_cases([of_no_case]) == [str(of_no_case)]
-
-
-def test_no_case_is_pending_without_notice():
-    """While cases are pending, each is one of ``MAY_BE_PENDING``; empty it to ask for all of them."""
-    pending = {number for number, cells in cases().items() if cells[-1] == PENDING}
-    unexpected = sorted(pending - MAY_BE_PENDING)
-    assert not unexpected, f"without a test: {', '.join(unexpected)}"
-
-
-MAY_BE_PENDING = {f"{letter}{number}" for letter in "ABHI" for number in range(1, NUM_CASES[letter] + 1)}
-MAY_BE_PENDING.add("J4")
