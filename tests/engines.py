@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from engine.checkpoint import check_manifest
 from engine.weights import load_torch_file
@@ -30,6 +33,14 @@ for stage in range(4):
     zero = ("--enable_deepspeed", "--zero_stage", str(stage))
     ENGINES |= {f"zero{stage}": Engine(2, zero), f"one-zero{stage}": Engine(1, zero)}
 _unbroken: dict[tuple[str, ...], tuple[Path, float]] = {}
+
+
+def spread(cases: list[tuple[Any, ...]], in_ci: Callable[..., bool]) -> list[Any]:
+    """Cases for ``parametrize`` with their values as id; those that CI leaves to ``scripts/test.sh --all`` are slow."""
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=() if in_ci(*case) else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def open_nursery() -> Nursery:

@@ -32,14 +32,14 @@ def test_every_case_cites_a_test_that_is_there():
     assert absent(citations_in(PAGE.read_text(encoding="utf-8"))) == []
 
 
-def test_every_cited_case_of_a_table_is_collected():
+def test_every_cited_case_is_collected():
     assert absent_cases(citations_in(PAGE.read_text(encoding="utf-8"))) == []
 
 
 def test_a_citation_of_what_is_not_there_is_noticed():
     here = "tests/test_faults.py"
-    text = f"`{here}::test_gone`, `tests/gone.py::test_x`, `{here}::test_every_cited_case_of_a_table_is_collected[none]`"
+    text = f"`{here}::test_gone`, `tests/gone.py::test_x`, `{here}::test_every_cited_case_is_collected[none]`"
     assert absent(citations_in(text)) == [f"{here}::test_gone", "tests/gone.py::test_x"]
-    of_no_case = Citation(here, "test_every_cited_case_of_a_table_is_collected", "none")
+    of_no_case = Citation(here, "test_every_cited_case_is_collected", "none")
     assert citations_in(text)[2] == of_no_case
     assert absent_cases([of_no_case]) == [str(of_no_case)]

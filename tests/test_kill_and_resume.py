@@ -4,6 +4,7 @@ Every case is a real run of the fine-tuning program in its own processes, killed
 at a random time.
 """
 
+import itertools
 import random
 import signal
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import ENGINES, assert_same_result, assert_sound, open_nursery, start, training, unbroken
+from tests.engines import ENGINES, assert_same_result, assert_sound, open_nursery, spread, start, training, unbroken
 from tests.nursery import Ended, Nursery
 from tests.scripts.vqa_run import eval_flags, trained_checkpoint, tree
 
@@ -61,13 +62,27 @@ def kill_and_resume(nursery: Nursery, name: str, place: str, folder: Path, *more
     assert_same_result(output, expected)
 
 
-@pytest.mark.parametrize("place", OCCASIONS)
-@pytest.mark.parametrize("name", ["one", "ddp", "zero1", "zero2"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    spread(
+        list(itertools.product(["one", "ddp", "zero1", "zero2"], OCCASIONS)),
+        # all places with DDP, the writing of files also with one process, both ZeRO stages at a few
+        lambda name, place: (
+            name == "ddp" or (name == "one" and place in WRITING) or place in ("mid forward", "mid file")
+        ),
+    ),
+)
 def test_a_run_killed_anywhere_ends_with_the_same_weights_when_started_again(nursery, tmp_path, name, place):
     kill_and_resume(nursery, name, place, tmp_path)
 
 
-@pytest.mark.parametrize("place", ["mid forward", "after optimizer step", "mid file", "before pointer"])
+@pytest.mark.parametrize(
+    "place",
+    spread(
+        [("mid forward",), ("after optimizer step",), ("mid file",), ("before pointer",)],
+        lambda place: place == "mid file",
+    ),
+)
 def test_zero_3_killed_and_started_again_ends_with_the_same_weights(nursery, tmp_path, place):
     kill_and_resume(nursery, "zero3", place, tmp_path)
 
@@ -92,7 +107,7 @@ def relative_tree(folder: Path) -> dict[str, str]:
     return {str(Path(path).relative_to(folder)): checksum for path, checksum in tree(folder).items()}
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", spread([(seed,) for seed in range(10)], lambda seed: seed < 4))
 def test_a_run_killed_at_a_random_time_ends_with_the_same_weights_when_started_again(nursery, tmp_path, seed):
     draw = random.Random(seed)
     name = ["one", "ddp", "zero1", "zero2"][seed % 4]

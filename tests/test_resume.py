@@ -4,12 +4,13 @@ Stopped by a signal inside the first micro-batch of a step (rounded to the step)
 end; for any number of loader processes.
 """
 
+import itertools
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from tests.engines import ENGINES, assert_same_result, open_nursery, start, training, unbroken
+from tests.engines import ENGINES, assert_same_result, open_nursery, spread, start, training, unbroken
 from tests.nursery import Nursery
 
 BACKWARD_PASSES = {"epoch end": 8, "mid epoch": 12, "mid accumulation": 11}  # eight in an epoch, two in a step
@@ -22,9 +23,15 @@ def nursery() -> Iterator[Nursery]:
     nursery.close()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("moment", BACKWARD_PASSES)
-@pytest.mark.parametrize("name", ["one", "ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("name", "moment", "num_workers"),
+    spread(
+        list(itertools.product(["one", "ddp", "zero1", "zero2", "zero3"], BACKWARD_PASSES, [0, 2])),
+        lambda name, moment, num_workers: (
+            (num_workers == 0 and moment != "mid epoch") or (name == "one" and num_workers == 2)
+        ),
+    ),
+)
 def test_a_stopped_run_goes_on_bitwise(nursery, tmp_path, name, moment, num_workers):
     engine, output = ENGINES[name], tmp_path / "run"
     argv = training(engine, output, "--save_ckpt_steps", "0", "--num_workers", str(num_workers))
