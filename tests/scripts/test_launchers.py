@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def bash(script: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subp
     return subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *flags],
         cwd=cwd,
+        # as from a terminal, also where the tests themselves run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         env=os.environ | variables | environment,
         capture_output=True,
         text=True,
