@@ -178,7 +178,7 @@ def _is_sound_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (*_READ_ERRORS, NotImplementedError):
+    except _READ_ERRORS:
         raise EngineError(f"{path} cannot be read as a checkpoint: {_what_it_is(path)}") from None
     is_checkpoint = any(entry.filename.endswith("/data.pkl") for entry in entries)
     if is_checkpoint and any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
