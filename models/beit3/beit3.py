@@ -24,7 +24,7 @@ from models.errors import ModelError
 from models.layers import add_residual, attention, drop_path_scales, init_linear_truncated_
 from models.linear import Linear
 
-_FIRST_POSITION = 2  # both position tables begin with two rows that no token uses
+FIRST_POSITION = 2  # both position tables begin with two rows that no token uses
 
 # a stream is None where the pass has no such modality
 Streams = tuple[Tensor | None, Tensor | None]
@@ -96,8 +96,11 @@ class MultiwayAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Multi-head attention of projected (B, Q, D) queries over (B, K, D) keys and values; (B, Q, D)."""
-        out = attention(self.heads(q), self.heads(k), self.heads(v), mask=mask)
-        return out.transpose(1, 2).flatten(2)
+        return self.attend_heads(self.heads(q), self.heads(k), self.heads(v), mask)
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``attend`` of what is split into heads already: (B, H, Q, D / H) over (B, H, K, D / H); (B, Q, D)."""
+        return attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, D / H), a view."""
@@ -165,7 +168,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.drop_path = config.drop_path
         self.checkpoint_activations = checkpoint_activations
-        num_rows = iter((config.num_image_tokens + _FIRST_POSITION, config.max_text_positions))
+        num_rows = iter((config.num_image_tokens + FIRST_POSITION, config.max_text_positions))
         self.embed_positions = Multiway(lambda: nn.Embedding(next(num_rows), config.embed_dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.layer_norm = (
@@ -273,15 +276,15 @@ class BEiT3(nn.Module):
         image_tokens = text_tokens = None
         table_image, table_text = self.encoder.embed_positions.A.weight, self.encoder.embed_positions.B.weight
         if image is not None:
-            image_tokens = self.vision_embed(image) + table_image[_FIRST_POSITION:]
+            image_tokens = self.vision_embed(image) + table_image[FIRST_POSITION:]
         if text is not None:
-            last = text.shape[1] + _FIRST_POSITION
+            last = text.shape[1] + FIRST_POSITION
             if last > table_text.shape[0]:
                 raise ModelError(
-                    f"a text of {text.shape[1]} tokens is longer than the {table_text.shape[0] - _FIRST_POSITION} "
+                    f"a text of {text.shape[1]} tokens is longer than the {table_text.shape[0] - FIRST_POSITION} "
                     f"positions of the model: lower --num_max_bpe_tokens"
                 )
-            text_tokens = self.text_embed(text) + table_text[_FIRST_POSITION:last]
+            text_tokens = self.text_embed(text) + table_text[FIRST_POSITION:last]
             if padding_mask is not None:
                 text_tokens = text_tokens.masked_fill(padding_mask.bool().unsqueeze(-1), 0)
         masks = build_masks(image_tokens, text_tokens, padding_mask, causal_text=causal_text)

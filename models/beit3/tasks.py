@@ -258,7 +258,7 @@ def captioning_loss(
     """
     losses = _smoothed_kl(logits.float(), targets, label_smoothing)
     if drop_worst_ratio > 0:
-        num_kept = int(losses.shape[0] * (1 - drop_worst_ratio))
+        num_kept = max(1, int(losses.shape[0] * (1 - drop_worst_ratio)))  # a mean of none would be NaN
         losses = losses.topk(num_kept, largest=False, sorted=False).values
     return losses.mean()
 
