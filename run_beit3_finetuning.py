@@ -34,12 +34,12 @@ from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_r
 from engine.run_folder import prepare_run_folder
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
-from scripts import beit3_vqa
+from scripts import beit3_captioning, beit3_vqa
 from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
 
-# --task → module with load_labels, train_and_val_loaders, loss_fn, evaluate and run_evaluation
-TASKS = {"vqav2": beit3_vqa}
+# --task → module with load_labels, train_and_val_loaders, training_loss, validation, run_evaluation and BEST_METRIC
+TASKS = {"vqav2": beit3_vqa, "coco_captioning": beit3_captioning, "nocaps": beit3_captioning}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         model_key=args.model_key,
         model_prefix=args.model_prefix,
     )
-    model = build_model(choice, tokenizer, len(answers), for_training=not args.eval).to(device)
+    model = build_model(choice, tokenizer, answers and len(answers), for_training=not args.eval).to(device)
     torch.manual_seed(args.seed + distributed.rank())
     if args.compile:
         compile_layers(model)
@@ -105,7 +105,7 @@ def train(
     args: argparse.Namespace,
     model: torch.nn.Module,
     tokenizer: XLMRTokenizer,
-    answers: AnswerVocabulary,
+    answers: AnswerVocabulary | None,
     device: torch.device,
     dtype: torch.dtype | None,
     deepspeed_file: dict[str, Any] | None,
@@ -139,7 +139,7 @@ def train(
     facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "answers": len(answers),
+        **({} if answers is None else {"answers": len(answers)}),
         "samples_per_step": train_loader.samples_per_step,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": steps_per_epoch * args.epochs,
@@ -160,7 +160,7 @@ def train(
         image_size=model.config.image_size,
         vocab_size=model.config.vocab_size,
         max_tokens=args.num_max_bpe_tokens,
-        answer_rows=list(answers.rows()),
+        answer_rows=None if answers is None else list(answers.rows()),
         tokenizer_file=args.sentencepiece_model,
     )
     plan = RunPlan(
@@ -172,19 +172,22 @@ def train(
         max_steps=2 if args.dry_run else args.max_steps,
         log_every=1 if args.dry_run else args.log_every,
         max_nonfinite=args.max_nonfinite,
+        best_metric=task.BEST_METRIC,
         checkpoint_files=keep,
     )
 
     # ---- 8. train ----
-    validate = partial(task.evaluate, device=device, autocast=backend.autocast)
+    validate = None
+    if val_loader is not None and not args.dry_run:
+        validate = task.validation(args, tokenizer, answers, device=device, autocast=backend.autocast)
     position = fit(
         backend,
         train_loader,
-        task.loss_fn,
+        task.training_loss(args),
         schedule,
         plan,
         log,
-        evaluate=None if args.dry_run or val_loader is None else validate,
+        evaluate=validate,
         val_loader=val_loader,
         position=position,
     )

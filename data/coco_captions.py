@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from data.caption_index import SPLIT_FILES
 from data.errors import DataError
 from data.files import check_relative, read_json
 from data.index_writer import IndexSummary, IndexWriter
@@ -17,11 +18,9 @@ from data.official_files import IMAGE_PLACES, AbsentError, find_annotation
 from data.tokenizers.spm import XLMRTokenizer
 
 COCO_FILE = "dataset_coco.json"
-COCO_INDEX = "coco_captioning.{}.jsonl"
 # split of the official file -> index file; restval are the val2014 images that train
 COCO_SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 NOCAPS_FILES = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
-NOCAPS_INDEX = "nocaps.{}.jsonl"
 ANNOTATION_PLACES = ("", "annotations")  # below the data folder
 COCO_KEYS = {"filepath": str, "filename": str, "split": str, "cocoid": int, "sentences": list}
 NOCAPS_KEYS = {"id": int, "file_name": str}
@@ -59,7 +58,7 @@ def build_coco_captioning_index(
     folders = _ImageFolders(data_path, summary)
     with ExitStack() as stack:
         writer = IndexWriter(stack, Path(output_path or data_path), summary.num_lines)
-        writer.open(*(COCO_INDEX.format(split) for split in dict.fromkeys(COCO_SPLITS.values())))
+        writer.open(*(SPLIT_FILES["coco_captioning"][split] for split in dict.fromkeys(COCO_SPLITS.values())))
         for where, image in progress(images, COCO_FILE):
             if image["split"] not in COCO_SPLITS:
                 known = ", ".join(COCO_SPLITS)
@@ -69,8 +68,8 @@ def build_coco_captioning_index(
             texts = _captions(image, where, tokenizer) if split == "train" else (None,)
             for tokens in texts:
                 row = {"image_path": image_path, "text_segment": tokens, "image_id": image["cocoid"]}
-                writer.write(COCO_INDEX.format(split), row)
-        if summary.num_lines[COCO_INDEX.format("train")] == 0:
+                writer.write(SPLIT_FILES["coco_captioning"][split], row)
+        if summary.num_lines[SPLIT_FILES["coco_captioning"]["train"]] == 0:
             raise DataError(f'{path}: no image of "split" train or restval has a caption; is the file whole?')
         for name, count in summary.num_lines.items():
             if count == 0:
@@ -102,7 +101,7 @@ def build_nocaps_index(
     with ExitStack() as stack:
         writer = IndexWriter(stack, output_path, summary.num_lines)
         for split, file_name in NOCAPS_FILES.items():
-            name = NOCAPS_INDEX.format(split)
+            name = SPLIT_FILES["nocaps"][split]
             try:
                 path = find_annotation(file_name, data_path, annotation_path, ANNOTATION_PLACES)
             except AbsentError as error:

@@ -28,6 +28,8 @@ except ImportError:  # announced by torchvision 0.29 for a later release; Pillow
 MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
 # Pillow opens many more formats, some by starting other programs (EPS); data sets use these.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# file names by which images are found in a folder
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _WAY_OUT = "replace the file or remove its entry from the index"
 
 

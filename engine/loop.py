@@ -20,7 +20,7 @@ from engine.log import RunLog, peak_mib, say
 from engine.schedule import Schedule
 
 LossFunction = Callable[[nn.Module, dict[str, Any], int], dict[str, Any]]
-EvaluateFunction = Callable[[nn.Module, Any], dict[str, float]]
+EvaluateFunction = Callable[[nn.Module, Any, int], dict[str, float]]
 
 
 class TrainLoader(Protocol):
@@ -85,7 +85,7 @@ def fit(
         schedule: optimizer step of the run → base learning rate.
         plan: epochs, saving, limits.
         log: where lines and files go.
-        evaluate: ``(model, val_loader) -> {metric: value}``; the best ``plan.best_metric`` keeps its checkpoint.
+        evaluate: ``(model, val_loader, epoch) -> {metric: value}``; the best ``plan.best_metric`` keeps its checkpoint.
         val_loader: handed to ``evaluate``.
         position: what ``resume_position`` gave, to go on from there; None starts anew.
 
@@ -325,7 +325,7 @@ class _Run:
         metrics: dict[str, float] = {}
         if self.evaluate is not None:
             try:
-                metrics = self.evaluate(self.backend.unwrapped(), self.val_loader)
+                metrics = self.evaluate(self.backend.unwrapped(), self.val_loader, finished)
             except Stopped as stopped:
                 self._signal = stopped.number
                 self._leave(position)

@@ -1,6 +1,7 @@
-"""Ask a trained model about one picture: the most probable answers with their probabilities.
+"""Ask a trained model about one picture, or let one that was trained on captions describe it.
 
 python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
+python scripts/ask.py --checkpoint output/coco_captioning/checkpoint-best --image photo.jpg
 """
 
 import sys
@@ -9,15 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scripts.arguments import HelpFormatter, OneLineParser, positive_int
-from scripts.beit3_args import RECIPES
+from scripts.beit3_args import EVAL_TOKENS, RECIPES
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor, nn
 
     from data.tokenizers.spm import XLMRTokenizer
+    from data.vqa_answers import AnswerVocabulary
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,25 +30,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", required=True, help="checkpoint folder of a run, or a published .pth with the flags below"
     )
     parser.add_argument("--image", required=True, help="picture file")
-    parser.add_argument("--question", required=True, nargs="+", help="one or more questions, each in quotes")
+    parser.add_argument("--question", nargs="+", help="one or more questions, each in quotes; none: a caption")
     parser.add_argument("--top", type=positive_int, default=5, help="answers to print")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a question instead of text")
+    parser.add_argument("--num_beams", type=positive_int, default=3, help="beams of the search for a caption")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each question or caption")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     group = parser.add_argument_group("needed for a bare weights file; a checkpoint folder of a run knows them")
     group.add_argument("--model", help="such as beit3_base_patch16_480")
     group.add_argument("--sentencepiece_model", help="beit3.spm")
-    group.add_argument("--answer_list", help="answer2label.txt of the weights")
+    group.add_argument("--answer_list", help="answer2label.txt of the weights, for questions")
     group.add_argument("--model_key", default="model|module", help="keys of which the first present holds the weights")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load once, answer each question."""
+    """Load once, then answer each question or find a caption."""
     args = build_parser().parse_args(argv)
-
-    import json
-
-    import torch
 
     from data.errors import DataError
     from data.tokenizers.spm import XLMRTokenizer
@@ -53,36 +53,83 @@ def main(argv: list[str] | None = None) -> None:
     from engine import distributed
     from scripts.beit3_checkpoint import TOKENIZER_FILE, checkpoint_folder, read_checkpoint_config
     from scripts.beit3_model import ModelChoice, build_model, find_answers
-    from scripts.beit3_vqa import top_answers
 
     if not Path(args.checkpoint).exists():
         raise DataError(f"--checkpoint {args.checkpoint}: no such file or folder")
     picture = read_picture(args.image)
     config = read_checkpoint_config(args.checkpoint)
     name = args.model or config.get("model")
+    task = _task(args, config)
     spm = args.sentencepiece_model or str((checkpoint_folder(args.checkpoint) or Path()) / TOKENIZER_FILE)
-    answers = find_answers(args.answer_list, args.checkpoint, None)
-    for value, flag in ((name, "--model"), (answers, "--answer_list")):
+    answers = find_answers(args.answer_list, args.checkpoint, None) if args.question else None
+    for value, flag in ((name, "--model"), (answers or not args.question, "--answer_list")):
         if not value:
             raise DataError(f"{args.checkpoint} does not say its {flag.removeprefix('--')}: give {flag}")
     if not Path(spm).is_file():
         raise DataError(f"no sentencepiece model at {spm}: give --sentencepiece_model")
     tokenizer = XLMRTokenizer(spm)
-    max_tokens = config.get("num_max_bpe_tokens", RECIPES["vqav2", "base"]["num_max_bpe_tokens"])
-    texts = [question_tokens(question, tokenizer, max_tokens) for question in args.question]
+    longest = RECIPES["vqav2", "base"]["num_max_bpe_tokens"] if args.question else EVAL_TOKENS
+    max_tokens = config.get("num_max_bpe_tokens", longest)
+    texts = [question_tokens(question, tokenizer, max_tokens) for question in args.question or ()]
     device = distributed.init(args.device)
-    choice = ModelChoice(name=name, task="vqav2", weights=args.checkpoint, model_key=args.model_key)
-    model = build_model(choice, tokenizer, len(answers), for_training=False).to(device).eval()
+    choice = ModelChoice(name=name, task=task, weights=args.checkpoint, model_key=args.model_key)
+    model = build_model(choice, tokenizer, answers and len(answers), for_training=False).to(device).eval()
     image = normalize(EvalTransform(model.config.image_size)(picture).unsqueeze(0).to(device))
+    if answers is not None:
+        _answer(args, model, image, texts, answers)
+    else:
+        _caption(args, model, image, tokenizer, max_tokens)
+
+
+def _task(args: argparse.Namespace, config: dict[str, Any]) -> str:
+    """What the model is asked to do, checked against what its run trained."""
+    from data.errors import DataError
+
+    task = config.get("task", "vqav2" if args.question else "coco_captioning")
+    if args.question and task != "vqav2":
+        raise DataError(f"{args.checkpoint} was trained to caption pictures ({task}): leave --question out")
+    if not args.question and task == "vqav2":
+        raise DataError(f"{args.checkpoint} was trained to answer questions: give --question")
+    return task
+
+
+def _answer(
+    args: argparse.Namespace, model: "nn.Module", image: "Tensor", texts: list[list[int]], answers: "AnswerVocabulary"
+) -> None:
+    """Print the most probable answers to each question."""
+    import json
+
+    import torch
+
+    from scripts.beit3_vqa import top_answers
+
     for question, tokens in zip(args.question, texts, strict=True):
         with torch.inference_mode():
-            logits = model(image, torch.tensor([tokens], device=device))
+            logits = model(image, torch.tensor([tokens], device=image.device))
         top = top_answers(logits[0], answers, args.top)
         if args.json:
             print(json.dumps({"question": question, "top": [[answer, round(p, 6)] for answer, p in top]}))
         else:
             print(question)
             print("\n".join(f"{probability:8.1%}  {answer}" for answer, probability in top))
+
+
+def _caption(
+    args: argparse.Namespace, model: "nn.Module", image: "Tensor", tokenizer: "XLMRTokenizer", max_tokens: int
+) -> None:
+    """Print the best caption that the beam search finds."""
+    import json
+
+    import torch
+
+    from models.beit3.decoding import DecodingSettings, generate
+    from scripts.beit3_captioning import special_tokens
+
+    settings = DecodingSettings(num_beams=args.num_beams, max_tokens=max_tokens)
+    with torch.inference_mode():
+        found = generate(model, image, special_tokens(tokenizer), settings)
+    caption, score = tokenizer.decode(found.ids[0].tolist()), float(found.scores[0])
+    print(json.dumps({"caption": caption, "score": round(score, 6)}) if args.json else caption)
 
 
 def read_picture(path: str) -> "np.ndarray":

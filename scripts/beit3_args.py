@@ -18,13 +18,15 @@ from scripts.arguments import (
     fraction,
     not_negative,
     number,
+    positive,
     positive_int,
     switch,
 )
 from scripts.beit3_checkpoint import TOKENIZER_FILE, checkpoint_folder, read_checkpoint_config
 
 TASKS_OF_THE_ORIGINAL = ("vqav2", "coco_captioning", "nocaps", "nlvr2", "flickr30k", "coco_retrieval", "imagenet")
-OFFERED_TASKS = ("vqav2",)
+CAPTIONING_TASKS = ("coco_captioning", "nocaps")
+OFFERED_TASKS = ("vqav2", *CAPTIONING_TASKS)
 
 # Published fine-tuning recipes (BEiT-3 get_started guides, table in docs/beit3.md); explicit flags win.
 _VQAV2 = {
@@ -46,33 +48,60 @@ _VQAV2 = {
     "save_ckpt_freq": 5,
     "num_max_bpe_tokens": 64,
 }
+_CAPTIONING = _VQAV2 | {
+    "batch_size": 32,
+    "lr": 4e-5,
+    "weight_decay": 0.05,
+    "task_head_lr_weight": 0.0,
+    "opt_betas": [0.9, 0.999],
+    "checkpoint_activations": True,
+    "num_max_bpe_tokens": 32,
+    "captioning_mask_prob": 0.7,
+}
+# from random weights on drawn scenes: colours and places must survive the transform
+_DRAWN_SCENES = {
+    "batch_size": 32,
+    "clip_grad": 1.0,
+    "warmup_epochs": 0.3,
+    "drop_path": 0.0,
+    "weight_decay": 0.05,
+    "task_head_lr_weight": 0.0,
+    "opt_betas": [0.9, 0.98],
+    "randaug": False,
+    "hflip": False,
+    "min_crop_scale": 1.0,
+    "checkpoint_activations": False,
+    "num_max_bpe_tokens": 32,
+}
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("vqav2", "base"): _VQAV2,
     ("vqav2", "large"): _VQAV2 | {"lr": 2e-5, "drop_path": 0.15, "checkpoint_activations": True},
-    # from random weights on drawn scenes (scripts/quickstart.sh): colours and places must survive the transform
-    ("vqav2", "tiny"): _VQAV2
-    | {
-        "batch_size": 32,
-        "lr": 5e-4,
-        "clip_grad": 1.0,
-        "epochs": 10,
-        "warmup_epochs": 0.3,
-        "drop_path": 0.0,
-        "weight_decay": 0.05,
-        "task_head_lr_weight": 0.0,
-        "opt_betas": [0.9, 0.98],
-        "randaug": False,
-        "hflip": False,
-        "min_crop_scale": 1.0,
-        "num_max_bpe_tokens": 32,
-    },
+    ("vqav2", "tiny"): _VQAV2 | _DRAWN_SCENES | {"lr": 5e-4},
+    ("coco_captioning", "base"): _CAPTIONING,
+    ("coco_captioning", "large"): _CAPTIONING | {"lr": 8e-6},
+    ("coco_captioning", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3},
+    ("nocaps", "base"): _CAPTIONING | {"lr": 1e-5},
+    ("nocaps", "large"): _CAPTIONING | {"lr": 8e-6},
+    ("nocaps", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3},
 }
+CAPTION_METRICS = {"auto": "auto", "basic": "no", "all": "require"}  # --caption_metrics → METEOR and SPICE, by Java
+# longest text of an evaluation of weights that do not say theirs: the published commands leave the flag out
+EVAL_TOKENS = 64
 # weights looked for in the current folder when --finetune is not given: (training, evaluation)
 DEFAULT_WEIGHTS = {
     ("vqav2", "base"): ("beit3_base_patch16_224.pth", "beit3_base_patch16_480_vqa.pth"),
     ("vqav2", "large"): ("beit3_large_patch16_224.pth", "beit3_large_patch16_480_vqa.pth"),
+    **{
+        (task, size): (f"beit3_{size}_patch16_224.pth", f"beit3_{size}_patch16_480_{task}.pth")
+        for task in CAPTIONING_TASKS
+        for size in ("base", "large")
+    },
 }
-DEFAULT_DATA_FOLDERS = {"vqav2": ("data/vqav2", "dataset")}
+DEFAULT_DATA_FOLDERS = {
+    "vqav2": ("data/vqav2", "dataset"),
+    "coco_captioning": ("data/coco", "dataset"),
+    "nocaps": ("data/coco", "dataset"),  # NoCaps trains on COCO's captions, from the same folder
+}
 
 # flags of the original that change nothing here → why
 _NO_EFFECT = {
@@ -93,18 +122,15 @@ _NO_EFFECT = {
     **dict.fromkeys(
         ("color_jitter", "aa", "reprob", "remode", "recount", "crop_pct"), "it belongs to the imagenet task"
     ),
-    **dict.fromkeys(
-        (
-            "captioning_mask_prob",
-            "drop_worst_ratio",
-            "drop_worst_after",
-            "num_beams",
-            "length_penalty",
-            "label_smoothing",
-        ),
-        "it belongs to the captioning tasks",
-    ),
 }
+# flags that change nothing for some of the tasks → those for which they do
+_TASKS_OF_FLAG = dict.fromkeys(("answer_list", "shuffle_images"), ("vqav2",)) | dict.fromkeys(
+    (
+        *("captioning_mask_prob", "label_smoothing", "drop_worst_ratio", "drop_worst_after"),
+        *("decoding", "num_beams", "length_penalty", "top_p", "temperature", "caption_metrics"),
+    ),
+    CAPTIONING_TASKS,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,11 +177,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--eval_split",
         default="test",
-        help="val (held-out 1000 images), val2014, test, test-dev, or a .jsonl file of one's own",
+        help="vqav2: val (held-out 1000 images), val2014, test, test-dev; captioning: val, test or a folder of images; "
+        "both: a .jsonl file of one's own",
     )
     group.add_argument(
         "--annotations",
-        help="raw v2_mscoco_*_annotations.json: official accuracy by answer and question type, over all questions",
+        help="vqav2: raw v2_mscoco_*_annotations.json, for the official accuracy over all questions; captioning: file "
+        "of reference captions, in COCO's form, Karpathy's or one's own (default: the official one in --data_path)",
     )
     group.add_argument("--eval_batch_size", type=positive_int, help="samples per process (default: 1.5 x batch_size)")
     group.add_argument(
@@ -163,6 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate with the images of other questions: what the text alone achieves",
     )
+    _add_captioning_flags(parser)
     add_optimizer_flags(parser)
     add_speed_flags(parser)
     add_start_flags(parser)
@@ -182,9 +211,10 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--train_file",
         nargs="+",
-        help="training .jsonl of one's own: lines with image, question, answers (default: the index files)",
+        help="training .jsonl of one's own: lines with image, question, answers, or with image, captions (default: the "
+        "index files)",
     )
-    group.add_argument("--val_file", help="validation .jsonl of one's own (default: vqa.rest_val.jsonl)")
+    group.add_argument("--val_file", help="validation .jsonl of one's own (default: the index file)")
     group.add_argument(
         "--num_max_bpe_tokens",
         type=number(int, low=3),
@@ -256,15 +286,45 @@ def _add_flags_without_effect(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cutmix_minmax", type=float, nargs="+", help=_NO_EFFECT["cutmix_minmax"])
     group.add_argument("--resplit", action="store_true", help=_NO_EFFECT["resplit"])
     group.add_argument("--dist_eval", action="store_true", help=_NO_EFFECT["dist_eval"])
-    for name, kind, default in (
-        ("captioning_mask_prob", fraction, 0.6),
-        ("drop_worst_ratio", fraction, 0.2),
-        ("drop_worst_after", count, 12000),
-        ("num_beams", positive_int, 3),
-        ("length_penalty", not_negative, 0.6),
-        ("label_smoothing", fraction, 0.1),
-    ):
-        group.add_argument(f"--{name}", type=kind, default=default, help="captioning: " + _NO_EFFECT[name])
+
+
+def _add_captioning_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("captioning")
+    group.add_argument(
+        "--captioning_mask_prob", type=number(float, low=0, high=1), help="share of tokens to hide (default: recipe)"
+    )
+    group.add_argument("--label_smoothing", type=fraction, default=0.1, help="probability spread over the other words")
+    group.add_argument(
+        "--drop_worst_ratio", type=fraction, default=0.2, help="share of words, those of the largest loss, to leave out"
+    )
+    group.add_argument("--drop_worst_after", type=count, default=12000, help="steps before which none is left out")
+    group.add_argument(
+        "--decoding",
+        default="beam",
+        choices=["beam", "greedy", "nucleus"],
+        help="how captions are found: beam search, the most probable word, or a draw from the most probable ones",
+    )
+    group.add_argument("--num_beams", type=positive_int, default=3, help="beams of the beam search")
+    group.add_argument(
+        "--length_penalty",
+        type=not_negative,
+        default=0.6,
+        help="beam search: power of the length that scores are divided by",
+    )
+    group.add_argument(
+        "--top_p",
+        type=number(float, low=0, high=1, above=True),
+        default=0.9,
+        help="nucleus: probability of the words to draw from",
+    )
+    group.add_argument("--temperature", type=positive, default=1.0, help="nucleus: what scores are divided by first")
+    group.add_argument(
+        "--caption_metrics",
+        default="auto",
+        choices=list(CAPTION_METRICS),
+        help="basic: BLEU, ROUGE-L, CIDEr; auto: also METEOR and SPICE where pycocoevalcap and Java are installed; "
+        "all: nothing may be missing",
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -285,6 +345,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"--{name} has no effect: {reason}"
         for name, reason in _NO_EFFECT.items()
         if getattr(args, name) != parser.get_default(name)
+    ]
+    args.notes += [
+        f"--{name} has no effect: it belongs to {' and '.join(tasks)}"
+        for name, tasks in _TASKS_OF_FLAG.items()
+        if args.task not in tasks and getattr(args, name) != parser.get_default(name)
     ]
     if args.eval and args.resume:
         args.notes.append("--resume has no effect: --eval takes its weights from --finetune")
@@ -316,6 +381,8 @@ def _fill_recipe(args: argparse.Namespace) -> None:
     known = read_checkpoint_config(args.finetune or "")  # a run's own folder says what it holds
     args.model = args.model or known.get("model") or _VQAV2["model"]
     args.num_max_bpe_tokens = args.num_max_bpe_tokens or known.get("num_max_bpe_tokens")
+    if args.eval and args.task in CAPTIONING_TASKS and not args.num_max_bpe_tokens:
+        args.num_max_bpe_tokens = EVAL_TOKENS
     size = next((size for size in ("tiny", "large") if f"_{size}_" in args.model), "base")
     for name, value in RECIPES[args.task, size].items():
         if getattr(args, name, None) is None:
@@ -333,6 +400,8 @@ def _fill_recipe(args: argparse.Namespace) -> None:
 
 def _find_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Existing default places, or an error that names the flag to give."""
+    if args.data_path is None and args.eval and args.task in CAPTIONING_TASKS and Path(args.eval_split).is_dir():
+        args.data_path = args.eval_split  # pictures of one's own need nothing beside them
     if args.data_path is None:
         folders = DEFAULT_DATA_FOLDERS[args.task]
         args.data_path = next((folder for folder in folders if Path(folder).is_dir()), None)

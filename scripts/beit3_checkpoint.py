@@ -49,21 +49,20 @@ def checkpoint_files(
     image_size: int,
     vocab_size: int,
     max_tokens: int,
-    answer_rows: list[dict[str, str | int]],
+    answer_rows: list[dict[str, str | int]] | None,
     tokenizer_file: str,
 ) -> dict[str, bytes]:
-    """Name → content of the files: model and sizes, answer list, sentencepiece model."""
+    """Name → content of the files: model and sizes, sentencepiece model, and the answer list of tasks that have one."""
     config = {
         "family": "beit3",
         "task": task,
         "model": model_name,
         "image_size": image_size,
         "vocab_size": vocab_size,
-        "num_answers": len(answer_rows),
         "num_max_bpe_tokens": max_tokens,
     }
-    return {
-        CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
-        ANSWER_FILE: "".join(json.dumps(row) + "\n" for row in answer_rows).encode(),
-        TOKENIZER_FILE: Path(tokenizer_file).read_bytes(),
-    }
+    files = {TOKENIZER_FILE: Path(tokenizer_file).read_bytes()}
+    if answer_rows is not None:
+        config["num_answers"] = len(answer_rows)
+        files[ANSWER_FILE] = "".join(json.dumps(row) + "\n" for row in answer_rows).encode()
+    return {CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(), **files}

@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.beit3_dataset import BEiT3VQADataset, VQACollate, check_images_exist
+from data.beit3_dataset import BEiT3VQADataset, VQACollate
 from data.errors import DataError
 from data.files import read_json, write_json_atomic, write_jsonl_atomic
-from data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from data.loader import EvalLoader, TrainLoader
 from data.metrics.vqa import submission_entries, vqa_accuracy
 from data.own_vqa import build_answer_list, read_vqa_file
-from data.randaugment import RandAugment
-from data.replaced_images import limit_replaced
 from data.tokenizers.spm import XLMRTokenizer
-from data.transforms import EvalTransform, TrainTransform, normalize
+from data.transforms import normalize
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_index import ANSWER_FILE, SPLIT_FILES, VQARecord, check_tokenizer_stamp, read_vqav2_split
 from engine import distributed
@@ -31,11 +29,13 @@ from engine.evaluation import forward_batches, sum_over_processes
 from engine.log import peak_mib, say
 from engine.partial_results import PartialResults
 from models.beit3.tasks import vqa_loss
+from scripts import beit3_loaders
 from scripts.beit3_model import find_answers
 from scripts.evaluation_files import clear_temporaries, open_partial_results
 
 NUM_TOP_ANSWERS = 5
 LABELLED_SPLITS = ("train", "val", "val2014")
+BEST_METRIC = "score"
 
 
 def load_labels(args: argparse.Namespace) -> AnswerVocabulary:
@@ -73,10 +73,7 @@ def read_split(
         records = read_vqa_file(split, tokenizer, answers)
     else:
         raise DataError(f"--eval_split {split}: choose {', '.join(SPLIT_FILES)}, or a .jsonl file of your own")
-    records = records[: args.limit_samples]
-    if not args.skip_broken_images:
-        check_images_exist((record.image_path for record in records), Path(args.data_path))
-    return records
+    return beit3_loaders.usable_records(args, records)
 
 
 def _check_index_answers(args: argparse.Namespace, split: str, answers: AnswerVocabulary) -> None:
@@ -105,43 +102,11 @@ def build_loader(
 
     An evaluation leaves out the batches whose records (their places in ``records``) are all in ``done``.
     """
-    if train:
-        augment = RandAugment(reference=args.randaug_reference) if args.randaug else None
-        transform = TrainTransform(
-            image_size,
-            args.train_interpolation,
-            augment,
-            min_crop_scale=args.min_crop_scale,
-            hflip=args.hflip,
-            exact=args.exact_transforms,
-        )
-    else:
-        transform = EvalTransform(image_size)
-    dataset = BEiT3VQADataset(
-        records,
-        Path(args.data_path),
-        transform,
-        tokenizer,
-        image_size=image_size,
-        max_tokens=args.num_max_bpe_tokens,
-        replace_broken_images=args.skip_broken_images,
-    )
+    images = beit3_loaders.image_reader(args, image_size, train=train)
+    dataset = BEiT3VQADataset(records, images, tokenizer, max_tokens=args.num_max_bpe_tokens)
     # compiled layers see the text length as a dynamic size; rounding keeps the number of distinct ones small
     collate = VQACollate(tokenizer.pad_id, num_answers, multiple_of=8 if args.compile else 1)
-    shared: dict[str, Any] = {
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "num_workers": args.num_workers,
-        "pin_memory": args.pin_mem and device.type == "cuda",
-        "watch": partial(
-            limit_replaced, num_samples=len(records), share=args.max_bad_samples, world_size=distributed.world_size()
-        ),
-    }
-    if not train:
-        return build_eval_loader(dataset, collate, args.eval_batch_size, done=done, **shared)
-    return build_train_loader(
-        dataset, collate, args.batch_size, accumulation_steps=args.update_freq, seed=args.seed, **shared
-    )
+    return beit3_loaders.build_loader(args, dataset, collate, train=train, device=device, done=done)
 
 
 def train_and_val_loaders(
@@ -164,6 +129,11 @@ def train_and_val_loaders(
     return loader("train"), None if args.train_file and not args.val_file else loader("val")
 
 
+def training_loss(args: argparse.Namespace) -> Callable[[nn.Module, dict[str, Any], int], dict[str, Any]]:
+    """What the loop calls at every micro-batch."""
+    return loss_fn
+
+
 def loss_fn(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Any]:
     """Sum over answers of the binary cross entropy, mean over the batch (``step`` is not used)."""
     return {"loss": vqa_loss(_forward(model, batch), batch["targets"]), "images_replaced": batch["images_replaced"]}
@@ -173,30 +143,37 @@ def _forward(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return model(normalize(batch["image"]), batch["question"], batch["padding_mask"])
 
 
+def validation(
+    args: argparse.Namespace,
+    tokenizer: XLMRTokenizer,
+    answers: AnswerVocabulary,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> Callable[[nn.Module, EvalLoader, int], dict[str, float]]:
+    """What the loop calls after every epoch."""
+    return partial(evaluate, device=device, autocast=autocast)
+
+
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,
+    epoch: int,
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
-    """Validation: ``score`` = 100 x mean over questions of the target score of the best answer."""
+    """Validation: ``score`` = 100 x mean over questions of the target score of the best answer (any ``epoch``)."""
     sums = {"score": 0.0, "questions": 0.0, "replaced": 0.0}
     batches = forward_batches(
-        model,
-        loader,
-        _forward,
-        device=device,
-        autocast=autocast,
-        total=len(loader),
-        description="validating",
+        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="validating"
     )
     for batch, logits in batches:
         sums["score"] += float(_target_scores(logits, batch["targets"]).sum())
         sums["questions"] += len(logits)
         sums["replaced"] += batch["images_replaced"]
     total = sum_over_processes(sums)
-    _warn_of_replaced(total["replaced"])
+    beit3_loaders.warn_of_replaced(total["replaced"])
     if total["questions"] != loader.num_samples:
         raise AssertionError(f"{total['questions']} questions validated instead of {loader.num_samples}")
     return {"score": 100 * total["score"] / total["questions"]}
@@ -204,11 +181,6 @@ def evaluate(
 
 def _target_scores(logits: Tensor, targets: Tensor) -> Tensor:
     return targets.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
-
-
-def _warn_of_replaced(count: float) -> None:
-    if count:
-        say(f"warning: {int(count)} images could not be read and were replaced by a grey one")
 
 
 def predict(
@@ -226,13 +198,7 @@ def predict(
     """
     replaced = 0
     batches = forward_batches(
-        model,
-        loader,
-        _forward,
-        device=device,
-        autocast=autocast,
-        total=len(loader),
-        description="predicting",
+        model, loader, _forward, device=device, autocast=autocast, total=len(loader), description="predicting"
     )
     for batch, logits in batches:
         probabilities = logits.float().sigmoid()
@@ -250,7 +216,7 @@ def predict(
         replaced += batch["images_replaced"]
         # after a stop somebody may have mended the images; and whatever counts them sees all of them again
         kept.add(answers, keep=not batch["images_replaced"])
-    _warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
+    beit3_loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
     return kept.gather()
 
 

@@ -16,6 +16,7 @@ from engine.partial_results import PartialResults, weights_identity
 _FLAGS = (
     *("task", "model", "model_key", "model_prefix", "vocab_size", "num_max_bpe_tokens", "eval_split", "shuffle_images"),
     *("eval_batch_size", "skip_broken_images", "tf32", "compile"),
+    *("decoding", "num_beams", "length_penalty", "top_p", "temperature", "seed"),
 )
 
 

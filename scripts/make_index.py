@@ -25,14 +25,12 @@ from scripts.beit3_args import DEFAULT_DATA_FOLDERS
 from scripts.beit3_checkpoint import TOKENIZER_FILE
 from scripts.program import run
 
-DATA_FOLDERS = DEFAULT_DATA_FOLDERS["vqav2"]
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", nargs="?", choices=sorted(DATASETS), help="which index; found from the files if left out")
-    p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(DATA_FOLDERS)}")
+    p.add_argument("--data_path", help=f"folder with the image folders; default: {' or '.join(_places(None))}")
     p.add_argument(
         "--annotation_path", help="folder of the official JSON files; default: --data_path and its usual ones"
     )
@@ -55,19 +53,25 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("num_rest_val_images", "min_answer_count"):
         if getattr(args, flag) < 1:
             raise DataError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    data_path = _data_path(args)
-    names = [args.dataset] if args.dataset else [n for n, d in DATASETS.items() if d.is_there(data_path, args)]
-    if not names:
+    folders = _data_folders(args)
+    found: list[tuple[str, Path]] = []
+    for name, dataset in DATASETS.items():
+        if args.dataset in (None, name):
+            found += [(name, folder) for folder in folders if dataset.is_there(folder, args)][:1]
+    if not found and args.dataset:
+        found = [(args.dataset, folders[0])]  # which says what it misses
+    if not found:
+        places = " or ".join(map(str, folders))
         if args.check:
-            folder = args.output_path or data_path
-            raise DataError(f"no index in {folder} yet: run python scripts/make_index.py --data_path {data_path} first")
+            folder = args.output_path or places
+            raise DataError(
+                f"no index in {folder} yet: run python scripts/make_index.py --data_path {folders[0]} first"
+            )
         wanted = "; ".join(f"{name}: {dataset.signs}" for name, dataset in DATASETS.items())
-        raise DataError(
-            f"no known data set in {data_path} ({wanted}): give --data_path, and --annotation_path if apart"
-        )
-    for name in names:
+        raise DataError(f"no known data set in {places} ({wanted}): give --data_path, and --annotation_path if apart")
+    for name, folder in found:
         action = DATASETS[name].check if args.check else DATASETS[name].build
-        action(data_path, args)
+        action(folder, args)
 
 
 def build_vqav2(data_path: Path, args: argparse.Namespace) -> None:
@@ -162,11 +166,11 @@ def check_captions(data_path: Path, args: argparse.Namespace, name: str, splits:
     Raises:
         DataError: a bad line, no index at all, or images that are missing (after the counts are printed).
     """
-    from data.files import check_relative, iterate_jsonl
+    from data.caption_index import SPLIT_FILES, index_advice, read_caption_index
 
     folder = Path(args.output_path or data_path)
-    advice = f"run scripts/make_index.py {name} --data_path DIR first"
-    files = [folder / f"{name}.{split}.jsonl" for split in splits]
+    advice = index_advice(name)
+    files = [folder / SPLIT_FILES[name][split] for split in splits]
     if not any(path.exists() for path in files):
         raise DataError(f"no index of {name} in {folder}: {advice}")
     print(f"{name}: {folder}")
@@ -175,28 +179,12 @@ def check_captions(data_path: Path, args: argparse.Namespace, name: str, splits:
         if not path.exists():
             print(f"  {path.name}: not there")
             continue
-        training = path.name.endswith(".train.jsonl")
-        vocab_size = _tokenizer(data_path, args).vocab_size if training else 0
-        images, num_lines = set(), 0
-        for number, row in iterate_jsonl(path, advice=advice):
-            where = f"{path}:{number}"
-            tokens = row.get("text_segment")
-            if type(row.get("image_id")) is not int:
-                raise DataError(f"{where}: image_id must be a whole number, got {row.get('image_id')!r:.80}: {advice}")
-            if not training and tokens is not None:
-                raise DataError(f"{where}: text_segment must be null outside training, got {tokens!r:.80}: {advice}")
-            if training and not (
-                type(tokens) is list and tokens and all(type(t) is int and 0 <= t < vocab_size for t in tokens)
-            ):
-                raise DataError(
-                    f"{where}: text_segment must be a list of ids of at least 0 and below {vocab_size}, the size of "
-                    f"the vocabulary, got {tokens!r:.80}: {advice}, or give the matching file"
-                )
-            images.add(check_relative(row.get("image_path"), where))
-            num_lines += 1
+        training = path.name == SPLIT_FILES[name]["train"]
+        records = read_caption_index(path, vocab_size=_tokenizer(data_path, args).vocab_size if training else None)
+        images = {record.image_path for record in records}
         absent = _absent_files(data_path, images)
         missing.update(dict.fromkeys(absent))
-        print(f"  {path.name}: {num_lines} lines, {len(images)} images, {len(absent)} of them missing")
+        print(f"  {path.name}: {len(records)} lines, {len(images)} images, {len(absent)} of them missing")
     _end_check(missing, data_path, advice)
 
 
@@ -257,14 +245,21 @@ DATASETS = {
 }
 
 
-def _data_path(args: argparse.Namespace) -> Path:
-    """The folder given, else the first default place that is a folder."""
-    places = [args.data_path] if args.data_path else DATA_FOLDERS
-    for place in places:
-        if Path(place).is_dir():
-            return Path(place)
-    looked = " and ".join(f"{place}/" for place in places)
-    raise DataError(f"no data folder (looked for {looked}): give --data_path DIR")
+def _places(dataset: str | None) -> list[str]:
+    """Default places of a data set, or of all, each once."""
+    return list(
+        dict.fromkeys(place for name in ([dataset] if dataset else DATASETS) for place in DEFAULT_DATA_FOLDERS[name])
+    )
+
+
+def _data_folders(args: argparse.Namespace) -> list[Path]:
+    """The folder given, else the default places that are folders."""
+    places = [args.data_path] if args.data_path else _places(args.dataset)
+    folders = [Path(place) for place in places if Path(place).is_dir()]
+    if not folders:
+        looked = " and ".join(f"{place}/" for place in places)
+        raise DataError(f"no data folder (looked for {looked}): give --data_path DIR")
+    return folders
 
 
 def _tokenizer(data_path: Path, args: argparse.Namespace) -> "XLMRTokenizer":  # noqa: F821 (imported late, for --help)

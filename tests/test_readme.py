@@ -28,9 +28,11 @@ BATCH_SCRIPTS = sorted((ROOT / "scripts").glob("*.sbatch"))
 PARSERS = {
     "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
     "scripts/ask.py": "scripts.ask:build_parser",
+    "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
+    "scripts/score_captions.py": "scripts.score_captions:build_parser",
     "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
     "scripts/zero_to_fp32.py": "scripts.zero_to_fp32:build_parser",
 }
@@ -102,7 +104,7 @@ def slugs_of(path: Path) -> set[str]:
 
 def check_command(command: str) -> None:
     """Parse one command line with the parser of its program; raises AssertionError for anything unknown."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.sub(r" > \S+ 2>&1$", "", command), comments=True)
     environment = {}
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         name, _, environment[name] = words.pop(0).partition("=")
@@ -159,7 +161,7 @@ def parse_with_real_parser(words: list[str], command: str) -> None:
     if path == "run_beit3_finetuning.py":
         assert args.task in OFFERED_TASKS, f"{command!r} asks for a task that is not offered"
     if getattr(args, "model", None):
-        beit3_config(args.model, "vqav2", image_size=getattr(args, "input_size", None))
+        beit3_config(args.model, getattr(args, "task", "vqav2"), image_size=getattr(args, "input_size", None))
 
 
 def check_script(words: list[str], environment: dict[str, str]) -> None:
@@ -305,19 +307,19 @@ def test_addresses_are_refused_as_weights(tmp_path, capsys):
     assert "nothing is downloaded" in capsys.readouterr().err
 
 
-def test_the_recipe_table_holds_the_defaults(tmp_path):
+@pytest.mark.parametrize(("page", "task"), [("beit3.md", "vqav2"), ("beit3_captioning.md", "coco_captioning")])
+def test_the_recipe_table_holds_the_defaults(tmp_path, page, task):
     (tmp_path / "beit3.spm").touch()
-    page = (ROOT / "docs/beit3.md").read_text(encoding="utf-8").split("\n## Recipes\n", 1)[1].split("\n## ", 1)[0]
-    table = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n## Recipes\n", 1)[1].split("\n## ", 1)[0]
+    table = re.findall(r"^\| `--(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
     rows = {name: cells for name, *cells in table}
     models = ["beit3_base_patch16_480", "beit3_large_patch16_480", "beit3_tiny_patch32_96"]
     sizes = [model.split("_")[1] for model in models]
-    assert rows.keys() == set().union(*(RECIPES["vqav2", size] for size in sizes)) - {"model"}
+    assert rows.keys() == set().union(*(RECIPES[task, size] for size in sizes)) - {"model"}
+    always = ["--task", task, "--finetune", "", "--data_path", str(tmp_path)]
+    always += ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
     for column, (size, model) in enumerate(zip(sizes, models, strict=True)):
-        args = parse_args(
-            ["--task", "vqav2", "--model", model, "--finetune", "", "--data_path", str(tmp_path)]
-            + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
-        )
+        args = parse_args([*always, "--model", model])
         for name, cells in rows.items():
             value = getattr(args, name)
             if isinstance(value, bool):
@@ -327,10 +329,25 @@ def test_the_recipe_table_holds_the_defaults(tmp_path):
             else:
                 shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             assert cells[column] == shown, (size, name)
-    assert parse_args(
-        ["--task", "vqav2", "--finetune", "", "--data_path", str(tmp_path)]
-        + ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
-    ).model.startswith("beit3_base_patch16_480")
+    assert parse_args(always).model.startswith("beit3_base_patch16_480")
+
+
+def test_nocaps_has_the_recipe_of_coco_captions_but_for_the_rate_of_base():
+    for size, changed in (("base", {"lr": 1e-5}), ("large", {}), ("tiny", {})):
+        assert RECIPES["nocaps", size] == RECIPES["coco_captioning", size] | changed
+
+
+def test_captions_are_as_long_as_the_published_commands_let_them_be(tmp_path):
+    """In training 32 tokens; the published evaluations leave the flag out, whose default was 64."""
+    (tmp_path / "beit3.spm").touch()
+    always = ["--task", "coco_captioning", "--data_path", str(tmp_path)]
+    always += ["--sentencepiece_model", str(tmp_path / "beit3.spm")]
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    assert parse_args([*always, "--finetune", ""]).num_max_bpe_tokens == 32
+    assert parse_args([*always, "--eval", "--finetune", str(weights)]).num_max_bpe_tokens == 64
+    asked = parse_args([*always, "--eval", "--finetune", str(weights), "--num_max_bpe_tokens", "20"])
+    assert asked.num_max_bpe_tokens == 20
 
 
 def test_the_start_values_of_the_family_page_are_those_of_the_code():
@@ -374,7 +391,7 @@ def test_source_files_that_are_named_exist(path):
     for name in re.findall(rooms, path.read_text(encoding="utf-8")):
         name = name.rstrip(".")
         if name.endswith((".py", ".md", ".sh", ".sbatch")) or (
-            name.endswith("/") and not name.startswith("data/vqav2")
+            name.endswith("/") and not name.startswith(("data/vqav2", "data/coco"))
         ):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
 
@@ -384,14 +401,17 @@ def test_tests_that_are_cited_exist(path):
     assert absent(citations_in(path.read_text(encoding="utf-8"))) == []
 
 
-def test_index_and_split_names_of_the_data_page_are_those_of_the_reader():
-    from data.vqa_index import ANSWER_FILE, MAY_BE_EMPTY, SPLIT_FILES
+def test_index_and_split_names_of_the_data_page_are_those_of_the_readers():
+    from data import caption_index, vqa_index
     from data.vqav2 import ANNOTATION_PLACES
 
     page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    for name in {ANSWER_FILE, *MAY_BE_EMPTY, *(name for names in SPLIT_FILES.values() for name in names)}:
+    names = {vqa_index.ANSWER_FILE, *vqa_index.MAY_BE_EMPTY}
+    names |= {name for names in vqa_index.SPLIT_FILES.values() for name in names}
+    names |= {name for files in caption_index.SPLIT_FILES.values() for name in files.values()}
+    for name in names:
         assert f"`{name}`" in page, name
-    for split in SPLIT_FILES.keys() - {"train"}:
+    for split in vqa_index.SPLIT_FILES.keys() - {"train"}:
         assert f"`{split}`" in page, split
     for place in filter(None, ANNOTATION_PLACES):
         assert f"`{place}/`" in page, place
@@ -402,7 +422,7 @@ def test_default_places_are_the_documented_ones():
 
     page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
     weights = {name for names in DEFAULT_WEIGHTS.values() for name in names}
-    for place in {*DEFAULT_DATA_FOLDERS["vqav2"], *weights}:
+    for place in {*(folder for folders in DEFAULT_DATA_FOLDERS.values() for folder in folders), *weights}:
         assert f"`{place}`" in page, place
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.beit3_dataset import BEiT3VQADataset, VQACollate, VQASample, check_images_exist
+from data.beit3_dataset import BEiT3VQADataset, VQACollate, VQASample
 from data.errors import DataError
+from data.image_reader import ImageReader
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
 from data.vqa_index import VQARecord
@@ -33,8 +34,9 @@ def record(name="images/one.png", tokens=(5, 6, 7, 8, 9), labels=(2, 0), scores=
     return VQARecord(name, tokens, labels, scores, question_id)
 
 
-def dataset(root, tokenizer, *records, **options):
-    return BEiT3VQADataset(records, root, EvalTransform(SIDE), tokenizer, image_size=SIDE, **options)
+def dataset(root, tokenizer, *records, transform=None, max_tokens=64, **options):
+    images = ImageReader(root, transform or EvalTransform(SIDE), image_size=SIDE, **options)
+    return BEiT3VQADataset(records, images, tokenizer, max_tokens=max_tokens)
 
 
 def test_a_sample_has_the_transformed_image_and_the_token_segment(root, tokenizer):
@@ -57,7 +59,7 @@ def test_the_transform_draws_from_the_generator_that_it_is_given(root, tokenizer
     def noise(image, rng):
         return torch.full((3, SIDE, SIDE), int(rng.integers(256)), dtype=torch.uint8)
 
-    samples = BEiT3VQADataset([record()], root, noise, tokenizer, image_size=SIDE)
+    samples = dataset(root, tokenizer, record(), transform=noise)
     first, again, other = (samples.sample(0, np.random.default_rng(seed)).image for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -89,20 +91,3 @@ def test_a_batch_has_soft_targets_ids_and_the_number_of_replaced_images():
     torch.testing.assert_close(batch["targets"], torch.tensor([[1.0, 0.0, 0.6, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     assert (batch["sample_id"], batch["question_id"]) == ([3, 5], [103, 105])
     assert (batch["images_replaced"], batch["image_errors"]) == (1, ["no image"])
-
-
-def test_missing_images_are_counted_and_the_first_named(root):
-    check_images_exist(["images/one.png", "images/one.png"], root)
-    absent = [f"images/{number}.png" for number in range(9)]
-    with pytest.raises(
-        DataError, match=r"9 of 10 images are not in .*, the first: images/0.png, .*images/4.png; check"
-    ):
-        check_images_exist(["images/one.png", *absent, *absent], root)
-    with pytest.raises(DataError, match="2 of 2 images are not in .*, the first: elsewhere/x.png, x.png; check"):
-        check_images_exist(["elsewhere/x.png", "x.png"], root)
-
-
-def test_images_behind_a_link_and_in_the_root_itself_are_there(root):
-    (root / "linked").symlink_to(root / "images", target_is_directory=True)
-    (root / "top.png").touch()
-    check_images_exist(["linked/one.png", "top.png", "images/../images/one.png"], root)

@@ -8,6 +8,7 @@ import torch
 
 from data.beit3_dataset import BEiT3VQADataset, VQACollate
 from data.errors import DataError
+from data.image_reader import ImageReader
 from data.images import load_image
 from data.loader import build_eval_loader
 from data.replaced_images import ALWAYS_ALLOWED, limit_replaced
@@ -34,9 +35,8 @@ def root(tmp_path_factory):
 def loader(root, kinds=KINDS, *, replace, num_workers=2):
     tokenizer = XLMRTokenizer(SPM)
     records = [VQARecord(f"{KINDS.index(kind)}.jpg", (5,), (), (), 100 + place) for place, kind in enumerate(kinds)]
-    source = BEiT3VQADataset(
-        records, root, EvalTransform(SIDE), tokenizer, image_size=SIDE, replace_broken_images=replace
-    )
+    images = ImageReader(root, EvalTransform(SIDE), image_size=SIDE, replace_broken_images=replace)
+    source = BEiT3VQADataset(records, images, tokenizer)
     return build_eval_loader(source, VQACollate(tokenizer.pad_id, 1), 3, num_workers=num_workers)
 
 

@@ -96,7 +96,7 @@ def rows(path):
 def scores(*values):
     """An evaluation that gives these scores in turn."""
     left = list(values)
-    return lambda model, loader: {"score": left.pop(0)}
+    return lambda model, loader, epoch: {"score": left.pop(0)}
 
 
 # ---- steps ----
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_bitwise_like_an_unbroken_one(tmp_path, stop, accumul
 
 
 def test_a_run_stopped_before_its_validation_validates_first_when_it_goes_on(tmp_path):
-    def stopped(model, loader):
+    def stopped(model, loader, epoch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

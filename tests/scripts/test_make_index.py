@@ -66,7 +66,7 @@ def test_the_seed_flag_moves_rest_val(data_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no data folder .looked for data/vqav2/ and dataset/.: give --data_path DIR"),
+        ([], "no data folder .looked for data/vqav2/ and dataset/ and data/coco/.: give --data_path DIR"),
         (["--data_path", "absent"], "no data folder .looked for absent/."),
         (["--data_path", "empty"], "no known data set in empty .*v2_OpenEnded_mscoco_train2014_questions.json"),
         (["vqav2", "--data_path", "empty"], "no sentencepiece model .looked for beit3.spm, empty/beit3.spm.: give"),
