@@ -178,7 +178,7 @@ def train(
 
     # ---- 8. train ----
     validate = None
-    if val_loader is not None and not args.dry_run:
+    if val_loader is not None and not args.dry_run and not args.no_validation:
         validate = task.validation(args, tokenizer, answers, device=device, autocast=backend.autocast)
     position = fit(
         backend,

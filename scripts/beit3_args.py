@@ -79,10 +79,10 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("vqav2", "tiny"): _VQAV2 | _DRAWN_SCENES | {"lr": 5e-4},
     ("coco_captioning", "base"): _CAPTIONING,
     ("coco_captioning", "large"): _CAPTIONING | {"lr": 8e-6},
-    ("coco_captioning", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3},
+    ("coco_captioning", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3, "epochs": 4},
     ("nocaps", "base"): _CAPTIONING | {"lr": 1e-5},
     ("nocaps", "large"): _CAPTIONING | {"lr": 8e-6},
-    ("nocaps", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3},
+    ("nocaps", "tiny"): _CAPTIONING | _DRAWN_SCENES | {"lr": 1e-3, "epochs": 4},
 }
 CAPTION_METRICS = {"auto": "auto", "basic": "no", "all": "require"}  # --caption_metrics → METEOR and SPICE, by Java
 # longest text of an evaluation of weights that do not say theirs: the published commands leave the flag out
@@ -174,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--eval", action="store_true", help="evaluate only: predictions, and scores where labels are known"
     )
+    group.add_argument("--no_validation", action="store_true", help="train without validation and checkpoint-best")
     group.add_argument(
         "--eval_split",
         default="test",

@@ -1,4 +1,4 @@
-"""Draw the quick-start data: pictures, questions and answers in the file layout of VQA v2."""
+"""Draw the quick-start data: pictures with questions in the layout of VQA v2, or with captions in that of COCO."""
 
 import sys
 from pathlib import Path
@@ -8,13 +8,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from data.files import read_json, write_json_atomic
 from scripts.arguments import OneLineParser
 from scripts.program import run
 
+if TYPE_CHECKING:
+    from data.drawn_scenes import DrawnImage
+
 SETTINGS_FILE = "drawn_scenes.json"
+LAYOUTS = {  # what each one writes
+    "vqav2": ("train2014", "val2014", "test2015", "vqa"),
+    "captions": ("train2014", "val2014", "val", "test", "dataset_coco.json"),
+}
 INDEX_THRESHOLD = 9  # answers that are rarer over train and val get no label in scripts/make_index.py
 
 
@@ -24,7 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart/data"), help="folder to make (default: %(default)s)"
     )
-    parser.add_argument("--num_train", type=int, default=3000, help="train images, six questions each (default: 3000)")
+    parser.add_argument(
+        "--layout",
+        choices=list(LAYOUTS),
+        default="vqav2",
+        help="vqav2; captions: COCO in Karpathy's split, and NoCaps (default: vqav2)",
+    )
+    parser.add_argument(
+        "--num_train", type=int, default=3000, help="train images, six questions or five captions each (default: 3000)"
+    )
     parser.add_argument("--num_val", type=int, default=300, help="val images (default: 300)")
     parser.add_argument("--num_test", type=int, default=300, help="test images (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (default: 0)")
@@ -33,24 +49,40 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw, unless the folder holds this very drawing already; then print what the answers alone would score."""
+    """Draw, unless the folder holds this very drawing already; then print what the text alone would score."""
     args = build_parser().parse_args(argv)
-    from data.drawn_scenes import annotation_records, draw_splits, question_records, write_drawn_vqav2
+    from data.drawn_captions import RESTVAL_SHARE, write_drawn_captions
+    from data.drawn_scenes import draw_splits, write_drawn_vqav2
 
     _check_output(args.output)
     settings = {name: getattr(args, name) for name in ("num_train", "num_val", "num_test", "seed")}
+    sizes = {"train2014": args.num_train, "val2014": args.num_val, "test2015": args.num_test}
+    if args.layout == "captions":
+        settings["layout"] = args.layout
+        in_both = args.num_val + args.num_test
+        sizes |= {"val2014": in_both + int(RESTVAL_SHARE * args.num_train), "test2015": in_both}
     start = time.perf_counter()
-    images = draw_splits(
-        {"train2014": args.num_train, "val2014": args.num_val, "test2015": args.num_test}, seed=args.seed
-    )
+    for name in ("num_train", "num_val", "num_test"):
+        if settings[name] < 1:
+            raise DataError(f"--{name} must be at least 1, got {settings[name]}")
+    images = draw_splits(sizes, seed=args.seed)
     if _is_drawn(args.output, settings, args.overwrite):
         print(f"{args.output} holds this drawing already: {_described(settings)}")
     else:
         args.output.mkdir(parents=True, exist_ok=True)
         _write_settings(args.output, settings, complete=False)
-        write_drawn_vqav2(args.output, images, seed=args.seed)
+        if args.layout == "captions":
+            write_drawn_captions(args.output, images, args.seed, num_val=args.num_val, num_test=args.num_test)
+        else:
+            write_drawn_vqav2(args.output, images, seed=args.seed)
         _write_settings(args.output, settings, complete=True)
         print(f"drew {_described(settings)} into {args.output} in {time.perf_counter() - start:.1f} s")
+    if args.layout == "vqav2":
+        _print_vqav2(images)
+
+
+def _print_vqav2(images: dict[str, list["DrawnImage"]]) -> None:
+    from data.drawn_scenes import annotation_records, question_records
 
     train, val = annotation_records(images["train2014"]), annotation_records(images["val2014"])
     texts = {r["question_id"]: r["question"] for s in ("train2014", "val2014") for r in question_records(images[s])}
@@ -69,9 +101,9 @@ def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:
     """Whether nothing is left to do; clears an earlier drawing if told to, and never touches other people's files."""
     note = folder / SETTINGS_FILE
     if not note.exists():
-        taken = [name for name in ("train2014", "val2014", "test2015", "vqa") if (folder / name).exists()]
+        taken = [name for name in LAYOUTS[settings.get("layout", "vqav2")] if (folder / name).exists()]
         if taken:
-            raise DataError(f"{folder} has a {taken[0]}/ that this program did not draw: give another --output")
+            raise DataError(f"{folder} has a {taken[0]} that this program did not draw: give another --output")
         return False
     earlier = read_json(note, advice=f"delete {folder} or give another --output")
     if earlier == {**settings, "complete": True}:
@@ -85,9 +117,11 @@ def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:
             f"{folder} holds another drawing ({_described(earlier)}): "
             "give another --output, or --overwrite to replace it"
         )
-    for old in [*folder.glob("*20*/COCO_*_*.jpg"), *folder.glob("vqa/*"), *folder.glob("*.jsonl")]:
-        old.unlink()  # the .jsonl files are an index of the pictures that go
-    (folder / "answer2label.txt").unlink(missing_ok=True)
+    drawn = ("*20*/COCO_*_*.jpg", "vqa/*", "val/*.jpg", "test/*.jpg", "dataset_coco.json", "nocaps_*.json")
+    index = ("*.jsonl", "*.tokenizer.json", "answer2label.txt")  # of the pictures that go
+    for pattern in (*drawn, *index):
+        for old in folder.glob(pattern):
+            old.unlink()
     return False
 
 
@@ -97,7 +131,8 @@ def _write_settings(folder: Path, settings: dict, complete: bool) -> None:
 
 def _described(settings: dict) -> str:
     sizes = " + ".join(f"{settings.get(f'num_{split}')} {split}" for split in ("train", "val", "test"))
-    return f"{sizes} images, seed {settings.get('seed')}"
+    layout = f", layout {settings['layout']}" if "layout" in settings else ""
+    return f"{sizes} images, seed {settings.get('seed')}{layout}"
 
 
 def _print_answers(annotations: list[dict]) -> None:

@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     from scripts.report.prediction_page import render_page
 
     overall = dict(zip(names, table[0]["scores"], strict=True))
-    curves = draw_curves(log, prior=overall["Question only"], shuffled=overall.get("Shuffled images"))
+    levels = {"question-only prior": overall["Question only"], "shuffled images": overall.get("Shuffled images")}
+    curves = draw_curves(log, levels=levels)
     page = render_page(
         rows,
         title=args.title,

@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         required=True,
-        help="VQA question files (.json), records with a question or captions (.jsonl), or plain text, one text a line",
+        help="VQA questions or COCO captions (.json), records with a question or captions (.jsonl), or text, a line "
+        "each",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("beit3.spm"), help="model file to write (default: %(default)s)"
@@ -154,7 +155,7 @@ def read_texts(path: Path) -> Iterator[str]:
         DataError: for a missing or malformed file; the message has the file and, where there is one, the line.
     """
     if path.suffix == ".json":
-        texts = _questions_of(path)
+        texts = _texts_of_json(path)
     elif path.suffix == ".jsonl":
         texts = [text for number, record in iterate_jsonl(path) for text in _texts_of(record, f"{path}:{number}")]
     else:
@@ -169,12 +170,17 @@ def read_texts(path: Path) -> Iterator[str]:
             yield line
 
 
-def _questions_of(path: Path) -> list[str]:
+def _texts_of_json(path: Path) -> list[str]:
     content = read_json(path)
+    if isinstance(content, dict) and content.get("images"):
+        from data.caption_references import read_caption_references
+
+        return [text for captions in read_caption_references(path).captions.values() for text in captions]
     records = content.get("questions") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise DataError(
-            f'{path} has no questions: expected {{"questions": [{{"question": text, ...}}]}} or a list of such'
+            f'{path} has no questions: expected {{"questions": [{{"question": text, ...}}]}} or a list of such, or a '
+            "file of captions"
         )
     texts = [record.get("question") if isinstance(record, dict) else None for record in records]
     for row, text in enumerate(texts):

@@ -30,6 +30,7 @@ PARSERS = {
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
+    "scripts/make_caption_report.py": "scripts.make_caption_report:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
     "scripts/score_captions.py": "scripts.score_captions:build_parser",

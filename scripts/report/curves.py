@@ -63,19 +63,21 @@ def draw_curves(
     *,
     score_key: str = "val_score",
     score_name: str = "VQA accuracy on val",
-    prior: float | None = None,
-    shuffled: float | None = None,
+    axis: str = "accuracy (%)",
+    panel_title: str = "Accuracy",
+    levels: dict[str, float | None] | None = None,
     title: str = "",
 ) -> bytes:
-    """Two panels side by side, loss and accuracy over epochs, as PNG bytes.
+    """Two panels side by side, loss and a score over epochs, as PNG bytes.
 
     Args:
         log: what ``read_run_log`` gave.
-        score_key: the key of ``log.txt`` in the right panel; a fraction, or per cent if any of its values is above 1
-            (BEiT-3's original log has per cent).
+        score_key: the key of ``log.txt`` in the right panel. ``val_score`` is a fraction, or per cent if any of its
+            values is above 1 (BEiT-3's original log has per cent); others are fractions, which may be above 1 (CIDEr).
         score_name: how the legend calls it.
-        prior: fraction that needs no picture, drawn as a line.
-        shuffled: fraction reached with shuffled images, drawn as a line.
+        axis: label of the right axis.
+        panel_title: of the right panel.
+        levels: name → fraction that needs no picture or the like, drawn as a line each, at most two; None: not known.
         title: above both panels.
     """
     import matplotlib
@@ -88,7 +90,9 @@ def draw_curves(
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), dpi=120, layout="constrained")
         try:
             _draw_loss(left, log)
-            _draw_score(right, log, score_key, score_name, {"question-only prior": prior, "shuffled images": shuffled})
+            _draw_score(right, log, score_key, score_name, levels or {})
+            right.set_ylabel(axis)
+            right.set_title(panel_title, loc="left", fontsize=10, color=GRAY)
             for panel in (left, right):
                 panel.set_xlabel("epoch")
                 panel.set_xlim(0, max([1, *(row["epoch"] + 1 for row in log.epochs)]) * 1.02)
@@ -137,20 +141,20 @@ def _epochs_of(points: list[tuple[int, float]], log: RunLog) -> list[float]:
 
 def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float | None]) -> None:
     epochs, scores = log.series(key)
-    scale = 1 if any(score > 1 for score in scores) else 100
+    scale = 1 if key == "val_score" and any(score > 1 for score in scores) else 100
+    top = 100.0
     if scores:
         percent = [scale * score for score in scores]
+        top = max(top, 1.1 * max(percent))
         panel.plot(epochs, percent, color=ORANGE, marker="o", ms=3.5, lw=1.8, label=name)
         best = max(range(len(percent)), key=percent.__getitem__)
         panel.annotate(
             f"best {percent[best]:.1f}", (epochs[best], percent[best]), (0, -14), textcoords="offset points", ha="right"
         )
-    for (level, value), dash in zip(levels.items(), ("--", ":"), strict=True):
+    for (level, value), dash in zip(levels.items(), ("--", ":"), strict=False):
         if value is not None:
             panel.axhline(100 * value, color=GRAY, ls=dash, lw=1.4, label=f"{level} ({100 * value:.1f})")
-    panel.set_ylabel("accuracy (%)")
-    panel.set_ylim(0, 100)
-    panel.set_title("Accuracy", loc="left", fontsize=10, color=GRAY)
+    panel.set_ylim(0, top)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
 

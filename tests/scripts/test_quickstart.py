@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CAPTION_SIZES = {"QUICKSTART_TRAIN": "500", "QUICKSTART_VAL": "30", "QUICKSTART_TEST": "60", "QUICKSTART_EPOCHS": "4"}
 SIZES = {"QUICKSTART_TRAIN": "800", "QUICKSTART_VAL": "100", "QUICKSTART_TEST": "100", "QUICKSTART_EPOCHS": "12"}
 
 
@@ -86,3 +87,24 @@ def test_an_unknown_argument_is_refused(tmp_path):
     done = quickstart(tmp_path / "new", "--fast")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "unknown argument --fast" in done.stderr
+
+
+def test_captions_of_drawn_scenes_are_learnt_and_shown(tmp_path):
+    folder = tmp_path / "captions"
+    done = quickstart(folder, "captioning", **CAPTION_SIZES)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((folder / "report" / "summary.json").read_text())
+    cider = {row["name"]: row for row in summary["rows"]}["CIDEr"]
+    assert cider["count"] == 60
+    found = dict(zip(summary["columns"], cider["scores"], strict=True))
+    assert found["Model"] > 2 * found["One caption for all"] > 2 * found["Before training"], found
+    assert "bash scripts/predict_captions.sh --eval_split test" in done.stdout
+    assert (folder / "report" / "report.html").stat().st_size > 50_000
+    places = [line.split()[-1] for line in done.stdout.splitlines()[-4:]]
+    assert all(Path(place).exists() for place in places), places
+    again = quickstart(folder, "captioning", **CAPTION_SIZES)
+    assert again.returncode == 0
+    assert again.stdout.count("done before, kept") == 7
+    other = quickstart(folder, **CAPTION_SIZES)
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    assert "holds a run with captions, 500 train" in other.stderr

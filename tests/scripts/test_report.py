@@ -143,7 +143,9 @@ def test_a_run_without_log_is_an_error_with_the_way_out(tmp_path):
     ],
 )
 def test_curves_are_drawn_whatever_keys_are_absent(tmp_path, log, metrics):
-    content = curves.draw_curves(curves.read_run_log(write_run(tmp_path, log, metrics)), prior=0.37, shuffled=0.4)
+    content = curves.draw_curves(
+        curves.read_run_log(write_run(tmp_path, log, metrics)), levels={"prior": 0.37, "shuffled": 0.4}
+    )
     with Image.open(io.BytesIO(content)) as picture:
         assert picture.format == "PNG"
         assert picture.width > picture.height > 300
@@ -151,7 +153,7 @@ def test_curves_are_drawn_whatever_keys_are_absent(tmp_path, log, metrics):
 
 def test_the_prior_line_changes_the_picture(tmp_path):
     log = curves.read_run_log(write_run(tmp_path, '{"epoch": 0, "val_score": 0.4}\n'))
-    assert curves.draw_curves(log, prior=0.37) != curves.draw_curves(log)
+    assert curves.draw_curves(log, levels={"prior": 0.37}) != curves.draw_curves(log)
 
 
 def test_steps_are_placed_by_the_last_step_of_the_finished_epochs():
