@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         f"each further one {row['ours_step_s']:.4g} s\n"
         f"  peer: {row['peer_images_per_s']:.3g} images/s; first step {row['peer_first_s']:.4g} s, "
         f"each further one {row['peer_step_s']:.4g} s\n"
-        f"  ratio: {row['total_ratio']:.2f} in all, first step {row['first_ratio']:.2f}, further {row['step_ratio']:.2f}\n"
+        f"  ratio: {row['total_ratio']:.2f} in all, first {row['first_ratio']:.2f}, further {row['step_ratio']:.2f}\n"
         f"  load average {row['load_before']:.1f} before, {row['load_after']:.1f} after"
     )
     if args.json:

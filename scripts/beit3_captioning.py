@@ -209,7 +209,14 @@ def predict(
     batches = forward_batches(
         model,
         loader,
-        partial(_generate, settings=settings, tokens=special_tokens(tokenizer), seed=args.seed),
+        partial(
+            _generate,
+            settings=settings,
+            tokens=special_tokens(tokenizer),
+            seed=args.seed,
+            # weights that are divided over the processes are gathered by all of them at every step
+            agree_done=partial(_all_are_done, device) if args.zero_stage == 3 and not args.eval else bool,
+        ),
         device=device,
         autocast=autocast,
         total=len(loader),
@@ -235,12 +242,23 @@ def special_tokens(tokenizer: XLMRTokenizer) -> SpecialTokens:
     return SpecialTokens(bos=tokenizer.bos_id, pad=tokenizer.pad_id, eos=tokenizer.eos_id, mask=tokenizer.mask_id)
 
 
+def _all_are_done(device: torch.device, done: bool) -> bool:
+    """Whether this is true on every process."""
+    return bool(distributed.all_reduce_(torch.tensor(int(not done), device=device)) == 0)
+
+
 def _generate(
-    model: nn.Module, batch: dict[str, Any], *, settings: DecodingSettings, tokens: SpecialTokens, seed: int
+    model: nn.Module,
+    batch: dict[str, Any],
+    *,
+    settings: DecodingSettings,
+    tokens: SpecialTokens,
+    seed: int,
+    agree_done: Callable[[bool], bool],
 ) -> Generated:
     image: Tensor = normalize(batch["image"])
     seeds = torch.tensor([(seed * _SEED_STEP + index) % 2**63 for index in batch["image_id"]], device=image.device)
-    return generate(model, image, tokens, settings, seeds=seeds)
+    return generate(model, image, tokens, settings, seeds=seeds, agree_done=agree_done)
 
 
 def run_evaluation(

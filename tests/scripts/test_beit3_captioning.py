@@ -11,6 +11,7 @@ import torch
 
 from data.caption_index import SPLIT_FILES
 from engine.weights import load_torch_file, read_state_dict
+from models.beit3 import decoding
 from scripts import ask, beit3_captioning
 from tests.helpers import run_in_processes, run_program
 from tests.scripts.caption_run import (
@@ -37,6 +38,13 @@ def ids_of(split: str, task: str = "coco_captioning") -> list[int]:
 
 
 def _run(rank: int, argv: list[str]) -> None:
+    program(*argv)
+
+
+def _run_unevenly(rank: int, argv: list[str]) -> None:
+    """The first process takes each of its batches for finished after one step."""
+    if rank == 0:
+        decoding._Search._drop_finished = lambda self: True
     program(*argv)
 
 
@@ -122,8 +130,10 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_weights_of_an_unbr
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
-def test_two_processes_under_zero_stage_3_validate_every_image_once(tmp_path):
-    run_in_processes(_run, 2, train_flags(tmp_path, "--batch_size", "5", "--enable_deepspeed", "--zero_stage", "3"))
+def test_processes_under_zero_stage_3_take_as_many_steps_as_the_slowest_and_caption_every_image_once(tmp_path):
+    run_in_processes(
+        _run_unevenly, 2, train_flags(tmp_path, "--batch_size", "5", "--enable_deepspeed", "--zero_stage", "3")
+    )
     entries = submission(tmp_path, "coco_captioning_val_e0")
     assert [entry["image_id"] for entry in entries] == ids_of("val")
 
