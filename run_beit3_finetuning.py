@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         answers=answers,
         image_size=args.input_size,
         vocab_size=args.vocab_size,
+        max_tokens=args.num_max_bpe_tokens,
         drop_path=0.0 if args.eval else args.drop_path,
         checkpoint_activations=args.checkpoint_activations and not args.eval,
         model_key=args.model_key,
@@ -150,7 +151,10 @@ def train(
     backend, deepspeed_facts = build_backend(args, model, groups, device, dtype, deepspeed_file)
     facts |= deepspeed_facts
     say(json.dumps(facts, indent=2))
-    # a checkpoint that does not fit ends the run here, before anything of the run before is touched
+    # what does not fit, reference captions or a checkpoint, ends the run here: nothing of the run before was touched
+    validate = None
+    if val_loader is not None and not args.dry_run and not args.no_validation:
+        validate = task.validation(args, tokenizer, answers, device=device, autocast=backend.autocast)
     position = None if resume_from is None else resume_position(backend, train_loader, resume_from)
     log = RunLog(output_dir, Path(args.log_dir) if args.log_dir else None)
     log.write_run({key: value for key, value in vars(args).items() if key != "notes"}, facts)
@@ -177,9 +181,6 @@ def train(
     )
 
     # ---- 8. train ----
-    validate = None
-    if val_loader is not None and not args.dry_run and not args.no_validation:
-        validate = task.validation(args, tokenizer, answers, device=device, autocast=backend.autocast)
     position = fit(
         backend,
         train_loader,

@@ -33,6 +33,7 @@ class ModelChoice:
     answers: AnswerVocabulary | None = None  # of the run; None leaves the weights' own list unchecked
     image_size: int | None = None
     vocab_size: int | None = None  # None: the checkpoint's, else the published one (tiny: the tokenizer's)
+    max_tokens: int | None = None  # longest text of the run; None where that is checked elsewhere
     drop_path: float = 0.0
     checkpoint_activations: bool = False
     model_key: str = "model|module"
@@ -51,7 +52,8 @@ def build_model(
         for_training: a new output layer is fine; in an evaluation nothing may be missing.
 
     Raises:
-        DataError: the tokenizer has more ids than the model has rows, or the weights were trained on other answers.
+        DataError: the tokenizer has more ids than the model has rows, the weights were trained on other answers, or
+            texts may be longer than the model's table of positions.
         EngineError: the weights cannot be read.
         ModelError: unknown name, or weights that do not fit.
     """
@@ -65,8 +67,7 @@ def build_model(
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"the sentencepiece model has {tokenizer.vocab_size} ids but the model {vocab_size} rows of text "
-            "embedding: "
-            "give the --sentencepiece_model that belongs to the weights, or another --vocab_size"
+            "embedding: give the --sentencepiece_model that belongs to the weights, or another --vocab_size"
         )
     if state is not None and vocab_size - tokenizer.vocab_size > 64:
         say(
@@ -76,6 +77,9 @@ def build_model(
     config = beit3_config(
         choice.name, choice.task, image_size=choice.image_size, drop_path=choice.drop_path, vocab_size=vocab_size
     )
+    room = config.max_text_positions - 2
+    if choice.max_tokens is not None and choice.max_tokens > room:
+        raise DataError(f"--num_max_bpe_tokens {choice.max_tokens}: the model has room for {room} tokens: lower it")
     model = build_beit3(
         choice.task,
         config,
@@ -87,7 +91,8 @@ def build_model(
     if state is None:
         say(f"{choice.name}: random weights, no checkpoint given")
         return model
-    if not for_training and (rows := _output_rows(state)) not in (None, num_answers):
+    rows = None if for_training or num_answers is None else _output_rows(state)
+    if rows not in (None, num_answers):
         raise DataError(
             f"{choice.weights} was trained on {rows} answers, the answer list has {num_answers}: "
             "give the --answer_list of these weights"

@@ -64,14 +64,15 @@ def score_captions(
     per_image: dict[str, dict[int, float]] = {}
     skipped: dict[str, str] = {}
 
-    totals, values = bleu(words, others)
+    parts, other_parts = [_at_every_space(found) for found in words], [list(map(_at_every_space, o)) for o in others]
+    totals, values = bleu(parts, other_parts)
     for order, (total, of_images) in enumerate(zip(totals, values, strict=True), start=1):
         corpus[f"Bleu_{order}"], per_image[f"Bleu_{order}"] = total, dict(zip(ids, of_images, strict=True))
     if with_java != "no":
         _add_java("METEOR", lambda: meteor(words, others), ids, corpus, per_image, skipped)
     for name, found in (
         ("ROUGE_L", [rouge_l(caption, texts) for caption, texts in zip(words, others, strict=True)]),
-        ("CIDEr", cider(words, others)),
+        ("CIDEr", cider(parts, other_parts)),
     ):
         corpus[name], per_image[name] = sum(found) / len(found), dict(zip(ids, found, strict=True))
     if with_java != "no":
@@ -125,6 +126,11 @@ def format_scores(scores: CaptionScores, domains: Mapping[str, Mapping[str, Any]
         lines.append(f"{metric:8}" + "".join(values))
     lines += [f"{metric} skipped: {reason}" for metric, reason in scores.skipped.items()]
     return "\n".join(lines)
+
+
+def _at_every_space(words: list[str]) -> list[str]:
+    """Part "7 1/2", a word with a no-break space, in two: the reference does so for BLEU and CIDEr, not for others."""
+    return " ".join(words).split()
 
 
 def _add_java(

@@ -69,7 +69,10 @@ he said 'hello' to her|"quoted" text|an e.g. test i.e. test etc.|J. Smith and ot
 a/b a / b and/or|isn't it. wasn't. shouldn't've|ma'am o'clock d'or l'eau o'neil y'all|I'd've|COVID-19|4x4 truck|No. 12
 a.m. p.m.|U.S.|a 12-ft. long|8 ft. pole|naïve café|50/50|3.5"|hello...world|wait…what|a--b|a—b|-5 degrees|2:1|12:30:45
 the ``best''|St. Mary's church|on main st|&amp; co|gonna go cannot|<br> tag </b>|what?! huh?? wow!|#1 @ 5|~ ^ * = +
-black&white|Black&White|«quoted»|½ cup|a ★ b|日本|«|.||A man riding a wave on top of a surfboard.|two dogs , one cat .
+letter J. The dog|letter J. A|U.S. The man|a street,half-empty|12-ft., high|wi-fi; a bus|he is at 5p.m. Mr. X.: yes
+v2.0 app|rock'n'roll|_x_|**bold**|1+1|US$5|@a|#ab1|a#b|Wash. D.C.|no. 5|no. five|St.Mary's|7 1/2 ft|(555) 123-4567
+:-) ok|C++ R&D|black&white|Black&White|«quoted»|½ cup|a ★ b|日本|«|.||A man riding a wave on top of a surfboard.
+two dogs , one cat .
 """.replace("\n", "|").split("|")
 
 
