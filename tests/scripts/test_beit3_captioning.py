@@ -48,6 +48,31 @@ def _run_unevenly(rank: int, argv: list[str]) -> None:
     program(*argv)
 
 
+_KILLS_ITSELF = """
+import os, signal, sys
+import run_beit3_finetuning
+from scripts import beit3_captioning
+from scripts.program import run
+name, number, argv = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+function, calls = getattr(beit3_captioning, name), []
+
+def killed(*arguments, **options):
+    calls.append(1)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments, **options)
+
+setattr(beit3_captioning, name, killed)
+run(lambda: run_beit3_finetuning.main(argv))
+"""
+
+
+def kill(name: str, number: int, argv: list[str]) -> None:
+    """Run the program; it kills itself where it calls this function of the task for the ``number``-th time."""
+    done = run_program("-c", _KILLS_ITSELF, name, str(number), *argv)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 # ---- training and validation ----
 
 
@@ -119,15 +144,40 @@ def test_nocaps_trains_on_the_captions_of_coco_and_validates_on_its_own_images(t
     assert "val_CIDEr" in row
 
 
-def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_weights_of_an_unbroken_one(tmp_path):
-    more = ["--epochs", "2", "--drop_path", "0.1", "--drop_worst_after", "4", "--num_workers", "1"]
-    program(*train_flags(tmp_path / "whole", *more))
-    program(*train_flags(tmp_path / "run", *more, "--max_steps", "4"))
-    program(*train_flags(tmp_path / "run", *more))
-    whole, run = (read_state_dict(tmp_path / name / "checkpoint-1") for name in ("whole", "run"))
-    assert differences(whole, run) == []
+_TWO_EPOCHS = ["--epochs", "2", "--drop_path", "0.1", "--drop_worst_after", "4", "--num_workers", "1"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Output folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    program(*train_flags(folder, *_TWO_EPOCHS))
+    return folder
+
+
+def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_weights_of_an_unbroken_one(unbroken, tmp_path):
+    program(*train_flags(tmp_path, *_TWO_EPOCHS, "--max_steps", "4"))
+    program(*train_flags(tmp_path, *_TWO_EPOCHS))
+    assert differences(*(read_state_dict(folder / "checkpoint-1") for folder in (unbroken, tmp_path))) == []
     for name in ("submit_coco_captioning_val_e1.json", "result_coco_captioning_val_e1.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("captioning_loss", 5), ("captioning_loss", 9), ("_generate", 2), ("write_and_score", 2)]
+)
+def test_a_run_killed_in_a_step_in_validation_or_before_the_scores_ends_like_an_unbroken_one(
+    unbroken, tmp_path, name, number
+):
+    kill(name, number, train_flags(tmp_path, *_TWO_EPOCHS))
+    program(*train_flags(tmp_path, *_TWO_EPOCHS))
+    assert differences(*(read_state_dict(folder / "checkpoint-1") for folder in (unbroken, tmp_path))) == []
+    kept_log = {"metrics.jsonl.old"}  # where nothing was saved yet the run starts again
+    assert set(os.listdir(tmp_path)) - kept_log == set(os.listdir(unbroken))
+    for epoch in (0, 1):
+        for kind in ("submit", "result"):
+            file = f"{kind}_coco_captioning_val_e{epoch}.json"
+            assert (tmp_path / file).read_bytes() == (unbroken / file).read_bytes(), file
 
 
 def test_processes_under_zero_stage_3_take_as_many_steps_as_the_slowest_and_caption_every_image_once(tmp_path):
@@ -180,28 +230,9 @@ def test_several_processes_write_the_files_of_one(evaluated, tmp_path, world_siz
     assert scores == pytest.approx(of_one, abs=1e-5)  # the batches are other ones, and so is the order of summation
 
 
-_KILLS_ITSELF = """
-import os, signal, sys
-import run_beit3_finetuning
-from scripts import beit3_captioning
-from scripts.program import run
-generate, calls = beit3_captioning._generate, []
-
-def killed(*arguments, **options):
-    calls.append(1)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return generate(*arguments, **options)
-
-beit3_captioning._generate = killed
-run(lambda: run_beit3_finetuning.main(sys.argv[1:]))
-"""
-
-
 def test_an_evaluation_that_was_killed_goes_on_to_the_same_files(evaluated, tmp_path, monkeypatch):
     argv = eval_flags(trained_captioner() / "checkpoint-best", tmp_path)
-    done = run_program("-c", _KILLS_ITSELF, *argv)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    kill("_generate", 4, argv)
     assert os.listdir(tmp_path) == [".partial-coco_captioning_test-rank0.jsonl"]
     calls, original = [], beit3_captioning._generate
     monkeypatch.setattr(
