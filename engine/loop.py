@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine import distributed, stop
-from engine.backend import Backend, StepInfo
+from engine.backend import Backend
 from engine.checkpoint import BEST, amend_checkpoint, load_checkpoint, newest_name, prune, save_checkpoint
 from engine.errors import RunError, Stopped
 from engine.evaluation import to_device
 from engine.log import RunLog, peak_mib, say
 from engine.schedule import Schedule
+from engine.step_window import StepRecord, StepWindow, add_finite, means_of
 
 LossFunction = Callable[[nn.Module, dict[str, Any], int], dict[str, Any]]
 EvaluateFunction = Callable[[nn.Module, Any, int], dict[str, float]]
@@ -188,7 +188,7 @@ class _Run:
         """Take the remaining steps of the epoch under way."""
         self.backend.model.train()
         self.log.start_epoch(position.epoch, first_step=position.step_in_epoch, steps=self.loader.steps_per_epoch)
-        window = _Window()
+        window = StepWindow()
         batches = self.loader.batches(position.epoch, position.step_in_epoch)
         while position.step_in_epoch < self.loader.steps_per_epoch and not self.at_limit(position):
             self._take_step(position, batches, window)
@@ -220,7 +220,7 @@ class _Run:
             raise Stopped(self._signal, f"{where}, nothing saved, as no checkpoints are wanted")
         raise Stopped(self._signal, f"{where}; saved {self._newest}, the same command goes on from it")
 
-    def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: "_Window") -> None:
+    def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: StepWindow) -> None:
         """One accumulation window: forward and backward of each micro-batch, then the optimizer."""
         lr = self.schedule(position.global_step)
         while True:
@@ -240,7 +240,7 @@ class _Run:
                 window.close_step(position.global_step, lr, info)
                 return
 
-    def _flush(self, position: Position, window: "_Window") -> None:
+    def _flush(self, position: Position, window: StepWindow) -> None:
         """Read the window's tensors (the only wait for the device), log them, and judge non-finite steps."""
         steps = window.read()
         fatal = [message for step in steps if (message := self._judge(position, step))]
@@ -255,13 +255,13 @@ class _Run:
                 "weight_decay": weight_decay,
             }
             # step by step, so that the epoch's means do not depend on where the intervals end
-            _add(means, values)
-            _add(position.means, values)
+            add_finite(means, values)
+            add_finite(position.means, values)
         elapsed_s = max(window.elapsed_s(), 1e-9)
         row = {
             "epoch": position.epoch,
             "step": position.global_step,
-            **_means(means),
+            **means_of(means),
             "samples_per_s": len(steps) * self.loader.samples_per_step / elapsed_s,
             "data_wait": min(window.data_wait_s / elapsed_s, 1.0),
             "peak_mib": peak_mib(self.backend.device),
@@ -281,7 +281,7 @@ class _Run:
             error.agreed = True
             raise error
 
-    def _judge(self, position: Position, step: "_StepRecord") -> str | None:
+    def _judge(self, position: Position, step: StepRecord) -> str | None:
         """Name a step that failed; returns what to end the run with, after too many in a row."""
         position.failed_in_a_row = position.failed_in_a_row + 1 if step.failed else 0
         if not step.failed:
@@ -343,7 +343,7 @@ class _Run:
             amend_checkpoint(self._newest, {"position": asdict(position)})
 
     def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
-        means = _means(position.means)
+        means = means_of(position.means)
         row: dict[str, Any] = {
             f"train_{key}": means.get(key, math.nan)
             for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm")
@@ -376,89 +376,3 @@ def _checkpoint_name(position: Position) -> str:
     if position.step_in_epoch == 0 and position.epoch > 0:
         return f"checkpoint-{position.epoch - 1}"
     return f"checkpoint-step{position.global_step}"
-
-
-@dataclass(frozen=True)
-class _StepRecord:
-    """One optimizer step, read from the device."""
-
-    index: int
-    sample_ids: list[int]  # of this process
-    lr: float  # base rate
-    failed: bool
-    values: dict[str, float]  # means over micro-batches and processes
-
-
-class _Window:
-    """Device-side values of one logging interval; nothing here waits for the device until ``read``."""
-
-    def __init__(self) -> None:
-        self._micro_batches = 0
-        self._totals: dict[str, Tensor | float] = {}
-        self._ids: list[int] = []
-        self.reset()
-
-    def reset(self) -> None:
-        self._started = time.perf_counter()
-        self._steps: list[tuple[int, list[int], float, StepInfo, dict[str, Tensor | float]]] = []
-        self.data_wait_s = 0.0
-
-    def elapsed_s(self) -> float:
-        return self._ended - self._started
-
-    def add(self, losses: dict[str, Any], sample_ids: Any) -> None:
-        self._micro_batches += 1
-        for key, value in losses.items():
-            value = value.detach().float() if isinstance(value, Tensor) else float(value)
-            self._totals[key] = self._totals.get(key, 0.0) + value
-        if sample_ids is not None:
-            self._ids.extend(int(index) for index in sample_ids)
-
-    def close_step(self, step: int, lr: float, info: StepInfo) -> None:
-        means = {key: total / self._micro_batches for key, total in self._totals.items()}
-        self._steps.append((step, self._ids, lr, info, means))
-        self._micro_batches, self._totals, self._ids = 0, {}, []
-
-    def read(self) -> list[_StepRecord]:
-        """The steps of the interval; values that ``loss_fn`` gave are means over the processes."""
-        infos = [info for _, _, _, info, _ in self._steps]
-        failed = torch.stack([info.failed for info in infos]).tolist()
-        norms = torch.stack([info.grad_norm.float() for info in infos]).tolist()
-        loss_scales = _to_floats([info.loss_scale for info in infos])
-        keys = list(self._steps[0][-1])
-        scalars = {key: _to_floats([means[key] for *_, means in self._steps]) for key in keys}
-        self._ended = time.perf_counter()
-        shares = distributed.gather_objects(scalars)  # added in rank order: the same sums in any interval
-        scalars = {
-            key: [sum(values) / len(shares) for values in zip(*(share[key] for share in shares), strict=True)]
-            for key in keys
-        }
-        return [
-            _StepRecord(
-                step,
-                ids,
-                lr,
-                failed[place],
-                {key: scalars[key][place] for key in keys}
-                | {"grad_norm": norms[place], "loss_scale": loss_scales[place]},
-            )
-            for place, (step, ids, lr, _, _) in enumerate(self._steps)
-        ]
-
-
-def _to_floats(values: list[Tensor | float]) -> list[float]:
-    return torch.stack(values).tolist() if isinstance(values[0], Tensor) else values
-
-
-def _add(means: dict[str, list[float]], values: dict[str, float]) -> None:
-    """Take the finite values into the running (mean, number of values)."""
-    for key, value in values.items():
-        mean = means.setdefault(key, [0.0, 0])
-        if math.isfinite(value):
-            mean[1] += 1
-            mean[0] += (value - mean[0]) / mean[1]
-
-
-def _means(means: dict[str, list[float]]) -> dict[str, float]:
-    """Mean of each key; NaN where no step had a finite value."""
-    return {key: mean if number else math.nan for key, (mean, number) in means.items()}

@@ -12,7 +12,7 @@ from tests.helpers import run_in_processes
 
 def _run(function: Any, world_size: int, folder: Path, result: str) -> dict[Any, Any]:
     run_in_processes(function, world_size, str(folder))
-    return torch.load(folder / result, weights_only=False)  # types of our own tests
+    return torch.load(folder / result, weights_only=True)
 
 
 @pytest.fixture(scope="session")
