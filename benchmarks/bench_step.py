@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from models.beit3.beit3 import compile_layers
 from models.beit3.config import TASK_SUFFIXES, BEiT3Config, beit3_config
-from models.beit3.tasks import build_beit3, captioning_loss, vqa_loss
+from models.beit3.tasks import build_beit3, captioning_loss
+from models.losses import vqa_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LOGIT_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # relative to the largest logit (or 1)

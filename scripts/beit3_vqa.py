@@ -28,7 +28,7 @@ from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
 from engine.log import peak_mib, say
 from engine.partial_results import PartialResults
-from models.beit3.tasks import vqa_loss
+from models.losses import vqa_loss
 from scripts import beit3_loaders
 from scripts.beit3_model import find_answers
 from scripts.evaluation_files import clear_temporaries, open_partial_results

@@ -234,16 +234,6 @@ def build_beit3(
 # ---- losses, in float32 ----
 
 
-def vqa_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, summed over answers and averaged over the batch.
-
-    Args:
-        logits: (B, num_answers).
-        targets: (B, num_answers) soft scores in [0, 1].
-    """
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.float()) * targets.shape[1]
-
-
 def captioning_loss(
     logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.1, drop_worst_ratio: float = 0.0
 ) -> Tensor:

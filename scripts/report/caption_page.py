@@ -84,5 +84,5 @@ def _card(row_and_third: tuple[Row, str], image_bytes: int) -> str:
         f'<article class="{_CLASSES[third]}"{data}>{picture_html(row["image"], image_bytes)}'
         f'<div class="body"><p class="mark">CIDEr {100 * row["cider"]:.0f}</p>'
         f"<h2>{html.escape(row['caption']) or '(no words)'}</h2>"
-        f'<p class="truth">wrote</p><ol>{people}</ol>{tags}</div></article>'
+        f'<p class="truth">people wrote</p><ol>{people}</ol>{tags}</div></article>'
     )

@@ -69,7 +69,7 @@ li.hit i { background: var(--hit); }
 li.hit span { font-weight: 650; }
 li small { font-size: inherit; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .truth { margin: auto 0 0; font-size: 13px; overflow-wrap: anywhere; }
-.truth::before { content: "people say "; color: var(--soft); }
+.said::before { content: "people say "; color: var(--soft); }
 .truth span, .tags { color: var(--soft); }
 .tags { margin: 2px 0 0; font-size: 12px; }
 @media (max-width: 560px) {

@@ -107,7 +107,7 @@ def _card(row: Row, image_bytes: int) -> str:
     return (
         f'<article class="{mark.split()[0]}"{data}>{picture}'
         f'<div class="body"><p class="mark">{sign} {mark}{score}</p><h2>{html.escape(row["question"])}</h2>'
-        f'<ol>{bars}</ol><p class="truth">{_people(row["truth"], said)}</p>'
+        f'<ol>{bars}</ol><p class="truth said">{_people(row["truth"], said)}</p>'
         f'<p class="tags">{" · ".join(html.escape(tag) for tag in tags if tag)}</p></div></article>'
     )
 

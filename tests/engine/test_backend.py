@@ -11,7 +11,8 @@ from engine.ema import ModelEMA
 from engine.errors import EngineError
 from engine.optim import build_adamw, parameter_groups
 from models.beit3.config import BEiT3Config, StartValues
-from models.beit3.tasks import BEiT3ForVisualQuestionAnswering, vqa_loss
+from models.beit3.tasks import BEiT3ForVisualQuestionAnswering
+from models.losses import vqa_loss
 from tests.helpers import run_in_processes
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ from engine.ema import ModelEMA
 from engine.errors import EngineError, RunError
 from engine.optim import build_adamw, parameter_groups
 from models.beit3.config import BEiT3Config, StartValues
-from models.beit3.tasks import BEiT3ForVisualQuestionAnswering, vqa_loss
+from models.beit3.tasks import BEiT3ForVisualQuestionAnswering
+from models.losses import vqa_loss
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": None, "bf16": torch.bfloat16}

@@ -15,8 +15,8 @@ from models.beit3.tasks import (
     build_beit3,
     captioning_loss,
     contrastive_loss,
-    vqa_loss,
 )
+from models.losses import vqa_loss
 
 TASKS = ["vqav2", "coco_captioning", "nlvr2", "imagenet", "coco_retrieval"]
 

@@ -21,8 +21,8 @@ from models.beit3.tasks import (
     BEiT3ForVisualReasoning,
     captioning_loss,
     contrastive_loss,
-    vqa_loss,
 )
+from models.losses import vqa_loss
 from models.pos_embed import resize_pos_embed
 from tests.parity.beit3_fixtures import assert_grads_match, config_of, with_weights
 from tests.parity.fixture_files import load_fixture

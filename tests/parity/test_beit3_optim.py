@@ -8,7 +8,8 @@ import torch
 from engine.backend import TorchBackend
 from engine.optim import build_adamw, parameter_groups
 from engine.schedule import warmup_cosine
-from models.beit3.tasks import BEiT3ForCaptioning, BEiT3ForVisualQuestionAnswering, vqa_loss
+from models.beit3.tasks import BEiT3ForCaptioning, BEiT3ForVisualQuestionAnswering
+from models.losses import vqa_loss
 from run_beit3_finetuning import choose_rule
 from tests.parity.beit3_fixtures import config_of
 from tests.parity.fixture_files import load_fixture

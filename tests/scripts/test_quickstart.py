@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CAPTION_SIZES = {"QUICKSTART_TRAIN": "500", "QUICKSTART_VAL": "30", "QUICKSTART_TEST": "60", "QUICKSTART_EPOCHS": "4"}
+CAPTION_SIZES = {"QUICKSTART_TRAIN": "700", "QUICKSTART_VAL": "30", "QUICKSTART_TEST": "60", "QUICKSTART_EPOCHS": "4"}
 SIZES = {"QUICKSTART_TRAIN": "800", "QUICKSTART_VAL": "100", "QUICKSTART_TEST": "100", "QUICKSTART_EPOCHS": "12"}
 
 
@@ -107,4 +107,4 @@ def test_captions_of_drawn_scenes_are_learnt_and_shown(tmp_path):
     assert again.stdout.count("done before, kept") == 7
     other = quickstart(folder, **CAPTION_SIZES)
     assert (other.returncode, other.stderr.count("\n")) == (2, 1)
-    assert "holds a run with captions, 500 train" in other.stderr
+    assert "holds a run with captions, 700 train" in other.stderr
