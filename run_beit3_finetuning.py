@@ -24,9 +24,8 @@ import torch
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
 from engine import distributed, stop
-from engine.backend import Backend, TorchBackend, resolve_precision
-from engine.deepspeed_config import choose_precision, choose_stage, read_config, resolve_config
-from engine.ema import ModelEMA
+from engine.backend import resolve_precision
+from engine.deepspeed_config import choose_precision, choose_stage, read_config
 from engine.errors import EngineError
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
@@ -35,6 +34,7 @@ from engine.run_folder import prepare_run_folder
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
 from scripts import beit3_captioning, beit3_vqa
+from scripts.backends import build_backend
 from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
 
@@ -148,7 +148,8 @@ def train(
         "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
         "parameter_groups": describe_groups(groups, args.lr),
     }
-    backend, deepspeed_facts = build_backend(args, model, groups, device, dtype, deepspeed_file)
+    optimizer = build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
+    backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, deepspeed_file)
     facts |= deepspeed_facts
     say(json.dumps(facts, indent=2))
     # what does not fit, reference captions or a checkpoint, ends the run here: nothing of the run before was touched
@@ -198,51 +199,6 @@ def train(
     else:
         best = "" if position.best is None else f"; best validation score {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}; results in {output_dir}")
-
-
-def build_backend(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    groups: list[dict[str, Any]],
-    device: torch.device,
-    dtype: torch.dtype | None,
-    deepspeed_file: dict[str, Any] | None,
-) -> tuple[Backend, dict[str, Any]]:
-    """What takes the steps: plain torch, or DeepSpeed when it is asked for; and the settings of DeepSpeed."""
-    optimizer = build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
-    ema = None
-    if args.model_ema:
-        ema = ModelEMA(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    if not args.enable_deepspeed:
-        backend = TorchBackend(
-            model,
-            optimizer,
-            device=device,
-            autocast_dtype=dtype,
-            accumulation_steps=args.update_freq,
-            clip_grad=args.clip_grad,
-            ema=ema,
-            initial_loss_scale=2.0**args.initial_scale_power,
-        )
-        return backend, {}
-    from engine.deepspeed_backend import DeepSpeedBackend  # seconds to import
-
-    config, notices = resolve_config(
-        deepspeed_file,
-        zero_stage=args.zero_stage,
-        batch_size=args.batch_size,
-        accumulation_steps=args.update_freq,
-        world_size=distributed.world_size(),
-        dtype=dtype,
-        clip_grad=args.clip_grad,
-        initial_scale_power=args.initial_scale_power,
-    )
-    for notice in notices:
-        say(f"note: {notice}")
-    backend = DeepSpeedBackend(
-        model, optimizer, device=device, config=config, dtype=dtype, timeout_s=args.dist_timeout, ema=ema
-    )
-    return backend, {"deepspeed": config}
 
 
 def choose_rule(args: argparse.Namespace, model: torch.nn.Module) -> LRRule | None:

@@ -5,28 +5,19 @@ rest_val by a seeded rule, so that two builds are equal byte for byte; the val q
 the original drops, are kept beside (``*.unlabelled.jsonl``), since the official accuracy counts them.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from sys import intern
 from typing import Any
 
 from data.errors import DataError
-from data.files import read_json
 from data.index_writer import IndexSummary, IndexWriter
-from data.official_files import IMAGE_PLACES, AbsentError, find_annotation
+from data.official_files import AbsentError
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, soft_targets
 from data.vqa_index import ANSWER_FILE, MAY_BE_EMPTY
-
-ANNOTATION_PLACES = ("", "vqa", "annotations", "vqa/annotations")  # below the data folder
-QUESTION_FILE = "v2_OpenEnded_mscoco_{}_questions.json"
-ANSWERS_FILE = "v2_mscoco_{}_annotations.json"
-TRAIN, VAL, TEST = "train2014", "val2014", "test2015"
-TEST_SPLITS = (("test", TEST), ("test-dev", "test-dev2015"))  # both ask about the images of test2015
+from data.vqav2_files import TEST_SPLITS, TRAIN, VAL, OfficialSplit, read_official_split, rest_val_images
 
 Progress = Callable[[Iterable, str], Iterable]
 
@@ -80,7 +71,7 @@ def build_vqav2_index(
     if num_rest_val_images < 1:
         raise DataError(f"the number of rest_val images must be at least 1, got {num_rest_val_images}")
     summary = VQAIndexSummary()
-    splits = {name: _read_split(name, data_path, annotation_path, summary) for name in (TRAIN, VAL)}
+    splits = {name: read_official_split(name, data_path, annotation_path, summary) for name in (TRAIN, VAL)}
     vocabulary = AnswerVocabulary.from_annotations(
         (answer for split in splits.values() for answer in split.multiple_choice_answers), min_answer_count
     )
@@ -93,7 +84,7 @@ def build_vqav2_index(
             writer.write(ANSWER_FILE, row)
         writer.open("vqa.train.jsonl", "vqa.val.jsonl", "vqa.rest_val.jsonl", *MAY_BE_EMPTY)
         num_unlabelled = 0
-        for row, _ in splits[TRAIN].rows(encode, vocabulary, progress):
+        for row, _ in _rows(splits[TRAIN], encode, vocabulary, progress):
             num_unlabelled += not row["labels"]
             if row["labels"]:
                 writer.write("vqa.train.jsonl", row)
@@ -106,8 +97,8 @@ def build_vqav2_index(
                 f"{num_unlabelled} train questions left out: none of their answers is in {ANSWER_FILE}"
             )
 
-        rest = _rest_val_images(splits[VAL].image_ids(), seed, num_rest_val_images)
-        for row, image_id in splits[VAL].rows(encode, vocabulary, progress):
+        rest = rest_val_images(splits[VAL].image_ids(), seed, num_rest_val_images)
+        for row, image_id in _rows(splits[VAL], encode, vocabulary, progress):
             ending = ".jsonl" if row["labels"] else ".unlabelled.jsonl"
             writer.write("vqa.val" + ending, row)
             if image_id in rest:
@@ -120,46 +111,32 @@ def build_vqav2_index(
         for name, split in TEST_SPLITS:
             file_name = f"vqa.{name}.jsonl"
             try:
-                test = _read_split(split, data_path, annotation_path, summary)
+                test = read_official_split(split, data_path, annotation_path, summary)
             except AbsentError as absent:
                 stale = f" (the {file_name} there is of an earlier run)" if (output_path / file_name).exists() else ""
                 summary.notes.append(f"{file_name} not written{stale}: {absent}")
                 continue
             writer.open(file_name)
-            for row, _ in test.rows(encode, None, progress):
+            for row, _ in _rows(test, encode, None, progress):
                 writer.write(file_name, row)
     return summary
 
 
-@dataclass
-class _Split:
-    """Questions of the images that are present, grouped by image, and all answers of the split (none for test)."""
-
-    name: str
-    question_path: Path
-    images: list[tuple[int, str]]  # (image id, path relative to the data folder), by name; only with questions
-    questions: dict[int, list[dict]]  # by image id
-    answers: dict[int, list[str]]  # by question id
-    multiple_choice_answers: list[str]  # in file order
-
-    def image_ids(self) -> list[int]:
-        return [image_id for image_id, _ in self.images]
-
-    def rows(
-        self, encode: "_QuestionEncoder", vocabulary: AnswerVocabulary | None, progress: Progress
-    ) -> Iterator[tuple[dict[str, Any], int]]:
-        """(index line, image id) of each question; labels and scores stay empty without a vocabulary."""
-        for image_id, image_path in progress(self.images, self.name):
-            for question in self.questions[image_id]:
-                qid = question["question_id"]
-                labels, scores = [], []
-                if vocabulary is not None:
-                    labels, scores = soft_targets(self.answers[qid], vocabulary)
-                tokens = encode(question["question"], f"{self.question_path}: question {qid}")
-                yield (
-                    {"image_path": image_path, "text_segment": tokens, "labels": labels, "scores": scores, "qid": qid},
-                    image_id,
-                )
+def _rows(
+    split: OfficialSplit, encode: "_QuestionEncoder", vocabulary: AnswerVocabulary | None, progress: Progress
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """(index line, image id) of each question; labels and scores stay empty without a vocabulary."""
+    for image_id, image_path in progress(split.images, split.name):
+        for question in split.questions[image_id]:
+            qid = question["question_id"]
+            labels, scores = [], []
+            if vocabulary is not None:
+                labels, scores = soft_targets(split.answers[qid], vocabulary)
+            tokens = encode(question["question"], f"{split.question_path}: question {qid}")
+            yield (
+                {"image_path": image_path, "text_segment": tokens, "labels": labels, "scores": scores, "qid": qid},
+                image_id,
+            )
 
 
 class _QuestionEncoder:
@@ -174,109 +151,3 @@ class _QuestionEncoder:
         if tokens is None:
             tokens = self._known[text] = self._tokenizer.encode_filled(text, "question", where)
         return tokens
-
-
-def _rest_val_images(image_ids: list[int], seed: int, num_images: int) -> set[int]:
-    """A seeded draw that no library version changes, and that hardly moves when images are added."""
-    return set(sorted(image_ids, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:num_images])
-
-
-def _read_split(split: str, data_path: Path, annotation_path: str | Path | None, summary: IndexSummary) -> _Split:
-    is_test = split not in (TRAIN, VAL)
-    question_path = find_annotation(QUESTION_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
-    questions = _items(question_path, "questions", {"image_id": int, "question": str, "question_id": int})
-    found = [(f"{split} questions", str(question_path))]
-    answers: dict[int, list[str]] = {}
-    multiple_choice_answers: list[str] = []
-    if not is_test:
-        answers_path = find_annotation(ANSWERS_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
-        annotations = _items(
-            answers_path, "annotations", {"question_id": int, "multiple_choice_answer": str, "answers": list}
-        )
-        found.append((f"{split} annotations", str(answers_path)))
-        _check_answers(questions, question_path, annotations, answers_path)
-        # strings only, each once: the objects of all ten answers of all questions would fill gigabytes
-        answers = {qid: [intern(answer["answer"]) for answer in a["answers"]] for qid, a in annotations.items()}
-        multiple_choice_answers = [intern(a["multiple_choice_answer"]) for a in annotations.values()]
-    folder, images = _list_images(data_path, TEST if is_test else split)
-    found.append((f"{split} images", f"{data_path / folder} ({len(images)} images)"))
-
-    by_image: dict[int, list[dict]] = {}
-    num_missing = 0
-    for question in questions.values():
-        if question["image_id"] in images:
-            by_image.setdefault(question["image_id"], []).append(question)
-        else:
-            num_missing += 1
-    if not by_image:
-        raise AbsentError(
-            f"none of the {num_missing} questions of {question_path} has its image in {data_path / folder}"
-        )
-    summary.found.extend(found)
-    if num_missing:
-        summary.notes.append(f"{num_missing} {split} questions left out: their image is not in {data_path / folder}")
-    present = [(image_id, f"{folder}/{name}") for image_id, name in images.items() if image_id in by_image]
-    return _Split(split, question_path, present, by_image, answers, multiple_choice_answers)
-
-
-def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
-    """The objects of a question or annotation file by question id, in file order."""
-    content = read_json(path)
-    items = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(items, list) or not items:
-        raise DataError(f'{path}: needs a non-empty list under "{key}"; is it the official file of VQA v2?')
-    by_id: dict[int, dict] = {}
-    for place, item in enumerate(items):
-        qid = item.get("question_id") if isinstance(item, dict) else None
-        name = f"{path}: {key}[{place}]" if qid is None else f"{path}: question {qid!s:.40}"
-        for wanted, kind in kinds.items():
-            if not isinstance(item, dict) or type(item.get(wanted)) is not kind:
-                raise DataError(f'{name}: "{wanted}" must be of type {kind.__name__}, the entry is {item!r:.120}')
-        if qid in by_id:
-            raise DataError(f"{name} stands twice; question ids must be unique")
-        by_id[qid] = item
-    return by_id
-
-
-def _check_answers(questions: dict[int, dict], question_path: Path, annotations: dict[int, dict], path: Path) -> None:
-    """Every question has one annotation, of the same image, with at least one answer text; and the reverse."""
-    for one, other, what in ((questions, annotations, path), (annotations, questions, question_path)):
-        missing = [qid for qid in one if qid not in other]
-        if missing:
-            raise DataError(
-                f"{what}: {len(missing)} question ids missing, the first {missing[:5]}; question and annotation file "
-                "must be of the same split"
-            )
-    for qid, annotation in annotations.items():
-        answers = annotation["answers"]
-        if not answers or not all(isinstance(a, dict) and type(a.get("answer")) is str for a in answers):
-            raise DataError(
-                f'{path}: question {qid}: "answers" must be a list of {{"answer": text}}, got {answers!r:.120}'
-            )
-        image_id = questions[qid]["image_id"]
-        if annotation.get("image_id", image_id) != image_id:
-            raise DataError(
-                f"{path}: question {qid}: image {annotation['image_id']}, but {image_id} in {question_path}"
-            )
-
-
-def _list_images(data_path: Path, split: str) -> tuple[str, dict[int, str]]:
-    """Folder relative to the data folder, and file name by image id, ordered by name."""
-    for place in IMAGE_PLACES:
-        folder = f"{place}/{split}".removeprefix("/")
-        if (data_path / folder).is_dir():
-            break
-    else:
-        looked = ", ".join(str(data_path / place / split) for place in IMAGE_PLACES)
-        raise AbsentError(f"no image folder {split} (looked for {looked}): give the folder above it as --data_path")
-    images: dict[int, str] = {}
-    for name in sorted(os.listdir(data_path / folder)):
-        digits = name.removesuffix(".jpg").rpartition("_")[2]
-        if not name.endswith(".jpg") or name.startswith(".") or not (digits.isascii() and digits.isdigit()):
-            continue  # thumbnails, lists, "._" files of other systems
-        if int(digits) in images:
-            raise DataError(
-                f"{data_path / folder}: {images[int(digits)]} and {name} are both image {int(digits)}: remove one"
-            )
-        images[int(digits)] = name
-    return folder, images

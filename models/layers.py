@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Softmax attention, scaled by C^-0.5; every family's attention ends here.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention; every family's attention ends here.
 
     Without a mask the flash kernels can be chosen, so callers pass None where nothing is hidden.
 
@@ -19,8 +28,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
         q: (B, H, Q, C). With Q = 0 the (empty) queries come back, which keeps their projection in the autograd graph.
         k: (B, H, K, C).
         v: (B, H, K, C).
-        mask: boolean, True = may look, broadcastable to (B, H, Q, K).
+        mask: boolean, True = may look, or numbers that are added to the scores; broadcastable to (B, H, Q, K).
         is_causal: query i looks at keys 0..i.
+        dropout: probability with which an attention weight is dropped.
+        scale: factor of the products; C^-0.5 if None.
 
     Returns:
         (B, H, Q, C).
@@ -32,7 +43,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is
         raise ValueError("attention takes a mask or is_causal, not both: put the causal part into the mask")
     if q.shape[-2] == 0:
         return q
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, scale=scale)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, H C) -> (B, H, L, C)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, L, C) -> (B, L, H C)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def drop_path_scales(rate: float, num_layers: int, num_branches: int, batch_size: int, device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ def _answer(
 
     import torch
 
-    from scripts.beit3_vqa import top_answers
+    from scripts.vqa_evaluation import top_answers
 
     for question, tokens in zip(args.question, texts, strict=True):
         with torch.inference_mode():

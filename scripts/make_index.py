@@ -201,7 +201,7 @@ class Dataset:
 def _has_vqav2(data_path: Path, args: argparse.Namespace) -> bool:
     from data.official_files import annotation_folders
     from data.vqa_index import ANSWER_FILE
-    from data.vqav2 import ANNOTATION_PLACES, QUESTION_FILE, TRAIN
+    from data.vqav2_files import ANNOTATION_PLACES, QUESTION_FILE, TRAIN
 
     if args.check:
         return (Path(args.output_path or data_path) / ANSWER_FILE).is_file()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from data.errors import DataError
 from data.files import read_json, read_jsonl, write_json_atomic
 from data.official_files import IMAGE_PLACES
-from data.vqav2 import ANNOTATION_PLACES
+from data.vqav2_files import ANNOTATION_PLACES
 from scripts.arguments import OneLineParser
 from scripts.program import run
 

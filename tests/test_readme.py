@@ -404,7 +404,7 @@ def test_tests_that_are_cited_exist(path):
 
 def test_index_and_split_names_of_the_data_page_are_those_of_the_readers():
     from data import caption_index, vqa_index
-    from data.vqav2 import ANNOTATION_PLACES
+    from data.vqav2_files import ANNOTATION_PLACES
 
     page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
     names = {vqa_index.ANSWER_FILE, *vqa_index.MAY_BE_EMPTY}

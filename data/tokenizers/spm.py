@@ -7,7 +7,7 @@ The ids equal those of the slow reference tokenizer (XLMRobertaTokenizer), liter
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -25,8 +25,12 @@ SPACING = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")) + t
 class SentencePieceModel:
     """A sentencepiece model file as piece ids; can be pickled, so that loader workers may hold it."""
 
-    def __init__(self, model_file: str | Path) -> None:
+    def __init__(self, model_file: str | Path, *, way_out: str = WAY_OUT) -> None:
         """Read the file.
+
+        Args:
+            model_file: its path.
+            way_out: what a user can do about a wrong one, for messages.
 
         Raises:
             DataError: if it is missing, unreadable or not a sentencepiece model.
@@ -34,7 +38,7 @@ class SentencePieceModel:
         try:
             content = Path(model_file).read_bytes()
         except OSError as error:
-            raise DataError(f"no sentencepiece model at {model_file} ({error.strerror}): {WAY_OUT}") from None
+            raise DataError(f"no sentencepiece model at {model_file} ({error.strerror}): {way_out}") from None
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(content) and self.processor.LoadFromSerializedProto(content)
@@ -42,7 +46,7 @@ class SentencePieceModel:
             loaded = False
         if not loaded or self.processor.GetPieceSize() == 0:
             size = f"{len(content)} bytes"
-            raise DataError(f"{model_file} is not a whole sentencepiece model ({size}): fetch it again, or {WAY_OUT}")
+            raise DataError(f"{model_file} is not a whole sentencepiece model ({size}): fetch it again, or {way_out}")
 
     @property
     def num_pieces(self) -> int:
@@ -69,7 +73,83 @@ class SentencePieceModel:
         return "".join(map(self.processor.IdToPiece, pieces)).replace(WORD_START, " ").strip()
 
 
-class XLMRTokenizer:
+def encode_around_literals(
+    text: str, literal: re.Pattern[str], ids: Mapping[str, int], encode_plain: Callable[[str], list[int]]
+) -> list[int]:
+    """Ids of a text in which special tokens may stand literally ("<mask>").
+
+    Each becomes its id and eats the white space around it; what is between is encoded by itself.
+
+    Args:
+        text: any.
+        literal: matches a literal; with one group around all of it.
+        ids: literal to id.
+        encode_plain: for the parts between, which may be empty.
+    """
+    parts = literal.split(text)  # plain, literal, plain, ..., plain
+    found: list[int] = []
+    for index, part in enumerate(parts):
+        if index % 2 == 1:
+            found.append(ids[part])
+            continue
+        part = part.lstrip() if index > 0 else part
+        part = part.rstrip() if index < len(parts) - 1 else part
+        found.extend(encode_plain(part))
+    return found
+
+
+class SentencePieceTokenizer:
+    """What the families' tokenizers share: a model file, texts of data files, segments with a token at both ends.
+
+    Attributes:
+        bos_id: id before a text.
+        eos_id: id behind it.
+    """
+
+    bos_id: int
+    eos_id: int
+
+    def __init__(self, model: SentencePieceModel) -> None:
+        """Hold the model file."""
+        self.model = model
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the sentencepiece model: tells whether token ids in a file are this tokenizer's."""
+        return hashlib.sha256(self.model.processor.serialized_model_proto()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without begin and end."""
+        raise NotImplementedError
+
+    def encode_filled(self, text: str, kind: str, where: str) -> list[int]:
+        """``encode`` for a text of a data file, which must not come out empty.
+
+        Raises:
+            DataError: as ``encode``, or no tokens; names the place and the ``kind`` of text (question, caption).
+        """
+        try:
+            tokens = self.encode(text)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if not tokens:
+            raise DataError(f"{where}: the {kind} {text!r:.80} has no tokens; mend or remove it")
+        return tokens
+
+    def build_segment(self, tokens: Sequence[int], max_len: int) -> list[int]:
+        """Model input of a text: begin, at most ``max_len`` - 2 of its ids, end; not padded.
+
+        Raises:
+            DataError: if there are no tokens, or no room for one.
+        """
+        if len(tokens) == 0:
+            raise DataError("the text has no tokens: an empty question or caption cannot be encoded")
+        if max_len < 3:
+            raise DataError(f"the maximal text length must be at least 3 (begin, one token, end), got {max_len}")
+        return [self.bos_id, *tokens[: max_len - 2], self.eos_id]
+
+
+class XLMRTokenizer(SentencePieceTokenizer):
     """Ids of BEiT-3: 0 begin, 1 padding, 2 end, 3 unknown, piece + 1 for the others, mask = number of pieces + 1."""
 
     bos_id = 0
@@ -84,7 +164,7 @@ class XLMRTokenizer:
         Raises:
             DataError: if it is missing, broken, or numbers its own specials differently.
         """
-        self.model = SentencePieceModel(model_file)
+        super().__init__(SentencePieceModel(model_file))
         specials = self.model.processor.unk_id(), self.model.processor.bos_id(), self.model.processor.eos_id()
         if specials != (0, 1, 2):
             raise DataError(
@@ -93,11 +173,6 @@ class XLMRTokenizer:
         self.mask_id = self.model.num_pieces + 1
         self._literals = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": self.mask_id}
         self._literal = re.compile("(" + "|".join(map(re.escape, self._literals)) + ")")
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the sentencepiece model: tells whether token ids in a file are this tokenizer's."""
-        return hashlib.sha256(self.model.processor.serialized_model_proto()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
@@ -114,30 +189,7 @@ class XLMRTokenizer:
         """
         if "<" not in text:
             return self._encode_plain(text)
-        parts = self._literal.split(text)  # plain, literal, plain, ..., plain
-        ids: list[int] = []
-        for index, part in enumerate(parts):
-            if index % 2 == 1:
-                ids.append(self._literals[part])
-                continue
-            part = part.lstrip() if index > 0 else part
-            part = part.rstrip() if index < len(parts) - 1 else part
-            ids.extend(self._encode_plain(part))
-        return ids
-
-    def encode_filled(self, text: str, kind: str, where: str) -> list[int]:
-        """``encode`` for a text of a data file, which must not come out empty.
-
-        Raises:
-            DataError: as ``encode``, or no tokens; names the place and the ``kind`` of text (question, caption).
-        """
-        try:
-            tokens = self.encode(text)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-        if not tokens:
-            raise DataError(f"{where}: the {kind} {text!r:.80} has no tokens; mend or remove it")
-        return tokens
+        return encode_around_literals(text, self._literal, self._literals, self._encode_plain)
 
     def decode(self, ids: Iterable[int], clean_up: bool = True) -> str:
         """Text of ids; specials and ids that have no text are left out.
@@ -152,18 +204,6 @@ class XLMRTokenizer:
             for spaced, tight in SPACING:
                 text = text.replace(spaced, tight)
         return text
-
-    def build_segment(self, tokens: Sequence[int], max_len: int) -> list[int]:
-        """Model input of a text: begin, at most ``max_len`` - 2 of its ids, end; not padded.
-
-        Raises:
-            DataError: if there are no tokens, or no room for one.
-        """
-        if len(tokens) == 0:
-            raise DataError("the text has no tokens: an empty question or caption cannot be encoded")
-        if max_len < 3:
-            raise DataError(f"the maximal text length must be at least 3 (begin, one token, end), got {max_len}")
-        return [self.bos_id, *tokens[: max_len - 2], self.eos_id]
 
     def _encode_plain(self, text: str) -> list[int]:
         return [piece + self._offset if piece else self.unk_id for piece in self.model.encode(text)]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from data.beit3_dataset import BEiT3VQADataset, VQACollate
 from data.errors import DataError
 from data.image_reader import ImageReader
 from data.images import load_image
@@ -14,6 +13,7 @@ from data.loader import build_eval_loader
 from data.replaced_images import ALWAYS_ALLOWED, limit_replaced
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
+from data.vqa_dataset import VQACollate, VQADataset
 from data.vqa_index import VQARecord
 from tests.data.test_images import ILLEGAL, LEGAL
 
@@ -36,7 +36,7 @@ def loader(root, kinds=KINDS, *, replace, num_workers=2):
     tokenizer = XLMRTokenizer(SPM)
     records = [VQARecord(f"{KINDS.index(kind)}.jpg", (5,), (), (), 100 + place) for place, kind in enumerate(kinds)]
     images = ImageReader(root, EvalTransform(SIDE), image_size=SIDE, replace_broken_images=replace)
-    source = BEiT3VQADataset(records, images, tokenizer)
+    source = VQADataset(records, images, tokenizer)
     return build_eval_loader(source, VQACollate(tokenizer.pad_id, 1), 3, num_workers=num_workers)
 
 

@@ -377,7 +377,7 @@ def test_an_evaluation_says_that_resume_has_no_effect(tmp_path, capsys):
 
 def test_shuffled_images_change_the_image_of_every_question(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(beit3_vqa, "BEiT3VQADataset", _recorder(seen, beit3_vqa.BEiT3VQADataset))
+    monkeypatch.setattr(beit3_vqa, "VQADataset", _recorder(seen, beit3_vqa.VQADataset))
     program(*eval_flags(trained_checkpoint(), tmp_path, "--eval_split", "val", "--shuffle_images"))
     own = {row["qid"]: row["image_path"] for row in read_lines(drawn_data() / "vqa.rest_val.jsonl")}
     given = {record.question_id: record.image_path for record in seen[0]}

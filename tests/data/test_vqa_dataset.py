@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.beit3_dataset import BEiT3VQADataset, VQACollate, VQASample
 from data.errors import DataError
 from data.image_reader import ImageReader
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
+from data.vqa_dataset import VQACollate, VQADataset, VQASample
 from data.vqa_index import VQARecord
 
 SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
@@ -36,7 +36,7 @@ def record(name="images/one.png", tokens=(5, 6, 7, 8, 9), labels=(2, 0), scores=
 
 def dataset(root, tokenizer, *records, transform=None, max_tokens=64, **options):
     images = ImageReader(root, transform or EvalTransform(SIDE), image_size=SIDE, **options)
-    return BEiT3VQADataset(records, images, tokenizer, max_tokens=max_tokens)
+    return VQADataset(records, images, tokenizer, max_tokens=max_tokens)
 
 
 def test_a_sample_has_the_transformed_image_and_the_token_segment(root, tokenizer):

@@ -1,8 +1,8 @@
-"""BEiT-3's samples of question answering: records of an index file or of one's own data, to tensors."""
+"""Samples of question answering: records of an index file or of one's own data, to tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,8 +10,15 @@ from torch import Tensor
 
 from data.collate import pad_tokens
 from data.image_reader import ImageReader
-from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_index import VQARecord
+
+
+class Tokenizer(Protocol):
+    """What the tokenizers of all families offer."""
+
+    def build_segment(self, tokens: Sequence[int], max_len: int) -> list[int]:
+        """Model input of a text of at most ``max_len`` ids, the special ones at both ends included."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,14 @@ class VQASample:
     image_error: str = ""  # why the image is a grey stand-in; empty for a good one
 
 
-class BEiT3VQADataset:
+class VQADataset:
     """Questions and images of one split."""
 
     def __init__(
         self,
         records: Sequence[VQARecord],
         images: ImageReader,
-        tokenizer: XLMRTokenizer,
+        tokenizer: Tokenizer,
         *,
         max_tokens: int = 64,
     ) -> None:

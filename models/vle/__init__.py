@@ -1,0 +1,1 @@
+"""VLE: CLIP's image tower, DeBERTa's text tower, fusion layers, heads."""
