@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ class ImageReader:
     """Relative path → (3, S, S) uint8."""
 
     def __init__(
-        self, root: Path, transform: ImageTransform, *, image_size: int, replace_broken_images: bool = False
+        self,
+        root: Path,
+        transform: ImageTransform,
+        *,
+        image_size: int,
+        replace_broken_images: bool = False,
+        load: Callable[[str], np.ndarray] | None = None,
     ) -> None:
         """Set what every image goes through.
 
@@ -30,8 +37,9 @@ class ImageReader:
             transform: image → (3, S, S) uint8.
             image_size: S in pixels, for the grey stand-in of a broken image.
             replace_broken_images: put a grey image where one cannot be read, instead of stopping.
+            load: relative path → (H, W, 3) uint8, where images are not files below ``root``.
         """
-        self._root, self._transform = root, transform
+        self._transform, self._load = transform, load or partial(_load_below, root)
         self._image_size, self._replace_broken_images = image_size, replace_broken_images
 
     def read(self, relative: str, rng: np.random.Generator, where: str) -> tuple[Tensor, str]:
@@ -46,12 +54,16 @@ class ImageReader:
             DataError: the image cannot be read, and is not to be replaced; names sample, file and reason.
         """
         try:
-            return self._transform(load_image(resolve_inside(self._root, relative)), rng), ""
+            return self._transform(self._load(relative), rng), ""
         except DataError as error:
             message = f"{where}: {error}"
             if not self._replace_broken_images:
                 raise DataError(message) from None
             return torch.full((3, self._image_size, self._image_size), 128, dtype=torch.uint8), message
+
+
+def _load_below(root: Path, relative: str) -> np.ndarray:
+    return load_image(resolve_inside(root, relative))
 
 
 def check_images_exist(relative: Iterable[str], root: Path) -> None:

@@ -1,5 +1,6 @@
 """Parameter groups (weight decay or not, learning-rate scale by name) and the optimizer."""
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,83 @@ def build_adamw(
         raise EngineError(f"--opt_betas must be two numbers in [0, 1), got {betas}")
     if eps <= 0:
         raise EngineError(f"--opt_eps must be positive, got {eps}")
-    # param_names stays with us: torch's own key of that name wants every group to have it and prints a warning
-    plain = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
-    return torch.optim.AdamW(plain, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(_plain(groups), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+class TransformersAdamW(torch.optim.Optimizer):
+    """The AdamW that transformers had until 4.49, bias correction on.
+
+    Against torch's, epsilon is added before the bias correction, and the weights decay after the step.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+    ) -> None:
+        """Groups may bring their own ``lr`` and ``weight_decay``."""
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Take one step."""
+        if closure is not None:
+            raise EngineError("this optimizer takes no closure")
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            beta1, beta2 = group["betas"]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+            states = [self.state[parameter] for parameter in parameters]
+            for state in states:
+                state["step"] += 1
+            first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            grads = [parameter.grad for parameter in parameters]
+            torch._foreach_mul_(first, beta1)
+            torch._foreach_add_(first, grads, alpha=1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            denominators = torch._foreach_sqrt(second)
+            torch._foreach_add_(denominators, group["eps"])
+            steps = [float(state["step"]) for state in states]
+            sizes = [-group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step) for step in steps]
+            torch._foreach_addcdiv_(parameters, first, denominators, sizes)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+
+def build_optimizer(
+    kind: str, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """An optimizer by name over the given groups.
+
+    Args:
+        kind: ``adamw`` (torch's), ``transformers_adamw``, ``adam`` (decay added to the gradient) or ``sgd`` (momentum
+            0.9).
+        groups: as ``parameter_groups`` gives them.
+        lr: peak rate; the backend sets each group's before each step.
+        betas: of the Adams.
+        eps: of the Adams.
+
+    Raises:
+        EngineError: unknown name.
+    """
+    if kind == "adamw":
+        return build_adamw(groups, lr=lr, betas=betas, eps=eps)
+    if kind == "transformers_adamw":
+        return TransformersAdamW(_plain(groups), lr=lr, betas=betas, eps=eps)
+    if kind == "adam":
+        return torch.optim.Adam(_plain(groups), lr=lr, betas=betas, eps=eps)
+    if kind == "sgd":
+        return torch.optim.SGD(_plain(groups), lr=lr, momentum=0.9)
+    raise EngineError(f"unknown optimizer {kind!r}: choose adamw, transformers_adamw, adam or sgd")
+
+
+def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without ``param_names``, a key of which torch wants every group to have it and prints a warning."""
+    return [{key: value for key, value in group.items() if key != "param_names"} for group in groups]

@@ -40,3 +40,43 @@ def warmup_cosine(base: float, floor: float, *, warmup_steps: int, total_steps: 
         return floor + 0.5 * (base - floor) * (1 + math.cos(math.pi * (step - warmup_steps) / cosine_steps))
 
     return rate
+
+
+def warmup_decay(
+    base: float, end: float, *, warmup_steps: int, total_steps: int, power: float | None = 1.0
+) -> Schedule:
+    """Linear warm-up from 0 to ``base``, then a polynomial down to ``end``, or half a cosine down to 0.
+
+    As in transformers' ``get_polynomial_decay_schedule_with_warmup`` and ``get_cosine_schedule_with_warmup``: the very
+    first step of a warm-up has rate 0, and the peak occurs once, right after it.
+
+    Args:
+        base: peak rate.
+        end: rate at and after the last step; the cosine takes no notice of it.
+        warmup_steps: number of warm-up steps (0 for none).
+        total_steps: number of steps of the whole run, warm-up included.
+        power: of the polynomial; None for the cosine.
+
+    Returns:
+        Function from step (0-based) to rate.
+
+    Raises:
+        EngineError: no steps, a rate that would rise, or a power that is not above 0.
+    """
+    if total_steps < 1:
+        raise EngineError(f"a schedule needs at least one step, got {total_steps}")
+    if end > base:
+        raise EngineError(f"the schedule falls from {base:g} to {end:g}: the end must not be above the peak")
+    if power is not None and power <= 0:
+        raise EngineError(f"the power of the schedule must be above 0, got {power:g}")
+    warmup_steps = max(warmup_steps, 0)
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return base * (step / max(1, warmup_steps))
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        if power is None:
+            return base * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+        return end if step > total_steps else (base - end) * (1 - min(progress, 1.0)) ** power + end
+
+    return rate

@@ -34,7 +34,8 @@ from engine.evaluation import forward_batches, gather_by_id, sum_over_processes
 from engine.log import peak_mib, say
 from models.beit3.decoding import DecodingSettings, Generated, SpecialTokens, generate
 from models.beit3.tasks import captioning_loss
-from scripts import beit3_loaders
+from scripts import loaders
+from scripts.beit3_loaders import image_reader
 from scripts.caption_scores import find_references, load_references, write_and_score
 from scripts.evaluation_files import clear_temporaries, open_partial_results
 
@@ -72,7 +73,7 @@ def read_split(args: argparse.Namespace, split: str, tokenizer: XLMRTokenizer) -
             )
     else:
         raise DataError(f"--eval_split {split}: choose val, test, a .jsonl file of your own, or a folder of images")
-    return beit3_loaders.usable_records(args, records)
+    return loaders.usable_records(args, records)
 
 
 def train_loader(
@@ -84,13 +85,13 @@ def train_loader(
     device: torch.device,
 ) -> TrainLoader:
     """Captions in random order, with random crops and masks."""
-    images = beit3_loaders.image_reader(args, image_size, train=True)
+    images = image_reader(args, image_size, train=True)
     dataset = BEiT3CaptionDataset(
         records, images, tokenizer, mask_prob=args.captioning_mask_prob, max_tokens=args.num_max_bpe_tokens
     )
     # compiled layers see the text length as a dynamic size; rounding keeps the number of distinct ones small
     collate = CaptionCollate(tokenizer.pad_id, multiple_of=8 if args.compile else 1)
-    return beit3_loaders.build_loader(args, dataset, collate, train=True, device=device)
+    return loaders.build_loader(args, dataset, collate, train=True, device=device)
 
 
 def eval_loader(
@@ -102,8 +103,8 @@ def eval_loader(
     done: Collection[int] = (),
 ) -> EvalLoader:
     """Every image once, without the batches whose records (their places) are all in ``done``."""
-    dataset = CaptionImageDataset(records, beit3_loaders.image_reader(args, image_size, train=False))
-    return beit3_loaders.build_loader(args, dataset, collate_images, train=False, device=device, done=done)
+    dataset = CaptionImageDataset(records, image_reader(args, image_size, train=False))
+    return loaders.build_loader(args, dataset, collate_images, train=False, device=device, done=done)
 
 
 def train_and_val_loaders(
@@ -234,7 +235,7 @@ def predict(
             captions[image_id] = {"caption": tokenizer.decode(ids), "score": score}
         replaced += batch["images_replaced"]
         add(captions, not batch["images_replaced"])
-    beit3_loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
+    loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
 
 
 def special_tokens(tokenizer: XLMRTokenizer) -> SpecialTokens:

@@ -21,7 +21,8 @@ from data.vqa_index import ANSWER_FILE, SPLIT_FILES, VQARecord, check_tokenizer_
 from engine import distributed
 from engine.log import peak_mib, say
 from models.losses import vqa_loss
-from scripts import beit3_loaders
+from scripts import loaders
+from scripts.beit3_loaders import image_reader
 from scripts.beit3_model import find_answers
 from scripts.evaluation_files import open_partial_results
 from scripts.vqa_evaluation import evaluate, predict, read_annotations, with_shuffled_images, write_results
@@ -65,7 +66,7 @@ def read_split(
         records = read_vqa_file(split, tokenizer, answers)
     else:
         raise DataError(f"--eval_split {split}: choose {', '.join(SPLIT_FILES)}, or a .jsonl file of your own")
-    return beit3_loaders.usable_records(args, records)
+    return loaders.usable_records(args, records)
 
 
 def _check_index_answers(args: argparse.Namespace, split: str, answers: AnswerVocabulary) -> None:
@@ -94,11 +95,11 @@ def build_loader(
 
     An evaluation leaves out the batches whose records (their places in ``records``) are all in ``done``.
     """
-    images = beit3_loaders.image_reader(args, image_size, train=train)
+    images = image_reader(args, image_size, train=train)
     dataset = VQADataset(records, images, tokenizer, max_tokens=args.num_max_bpe_tokens)
     # compiled layers see the text length as a dynamic size; rounding keeps the number of distinct ones small
     collate = VQACollate(tokenizer.pad_id, num_answers, multiple_of=8 if args.compile else 1)
-    return beit3_loaders.build_loader(args, dataset, collate, train=train, device=device, done=done)
+    return loaders.build_loader(args, dataset, collate, train=train, device=device, done=done)
 
 
 def train_and_val_loaders(

@@ -12,7 +12,7 @@ from engine import distributed
 from engine.backend import resolve_precision
 from engine.partial_results import PartialResults, weights_identity
 
-# flags that a model's outputs depend on, beside weights, data and precision
+# flags that a model's outputs depend on, beside weights, data and precision; a program need not have them all
 _FLAGS = (
     *("task", "model", "model_key", "model_prefix", "vocab_size", "num_max_bpe_tokens", "eval_split", "shuffle_images"),
     *("eval_batch_size", "skip_broken_images", "tf32", "compile"),
@@ -48,7 +48,7 @@ def open_partial_results(
     folder = None if args.dry_run else Path(args.output_dir)
     key: dict[str, Any] = {}
     if folder is not None and distributed.is_main():
-        key = {flag: getattr(args, flag) for flag in _FLAGS} | {
+        key = {flag: getattr(args, flag, None) for flag in _FLAGS} | {
             "data_path": str(Path(args.data_path).resolve()),
             "weights": weights_identity(args.finetune),
             "samples": len(expected_ids),

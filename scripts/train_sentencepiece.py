@@ -1,4 +1,8 @@
-"""Train a small sentencepiece model on question files, with the special ids of the published beit3.spm."""
+"""Train a small sentencepiece model on question files, with the special ids of a published one.
+
+python scripts/train_sentencepiece.py --input questions.json --output beit3.spm
+python scripts/train_sentencepiece.py --layout deberta --input questions.json --output model/spm.model     # for VLE
+"""
 
 import sys
 from pathlib import Path
@@ -19,12 +23,16 @@ from data.files import iterate_jsonl, read_json
 from scripts.arguments import OneLineParser
 from scripts.program import run
 
-SPECIAL_IDS = {
-    "unk_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "pad_id": -1,
-}  # the tokenizer adds XLM-R's own ids outside the model
+LAYOUTS = {
+    # the tokenizer adds XLM-R's own ids outside the model
+    "beit3": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+    "deberta": {
+        **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+        **{"pad_piece": "[PAD]", "bos_piece": "[CLS]", "eos_piece": "[SEP]", "unk_piece": "[UNK]"},
+        "byte_fallback": True,
+    },
+}
+NUM_BYTES = 256  # pieces of the fallback, beside those of --vocab_size
 MAX_TEXT_BYTES = 65536
 MAX_PIECE_CHARACTERS = 16  # sentencepiece's own limit
 MAX_SEED_WORDS = 20_000
@@ -32,7 +40,7 @@ MAX_SEED_WORDS = 20_000
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = OneLineParser(description=__doc__)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
         type=Path,
@@ -50,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=300,
         help="at most so many pieces; fewer where the texts have no more (default: 300)",
     )
+    parser.add_argument(
+        "--layout",
+        choices=sorted(LAYOUTS),
+        default="beit3",
+        help="special ids of beit3.spm, or of DeBERTa's spm.model with 256 pieces for bytes (default: beit3)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another model under the name of --output")
     return parser
 
@@ -59,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     _check_output(args.output)
     texts = [text for path in args.input for text in read_texts(path)]
-    model = train_model(texts, args.vocab_size)
+    model = train_model(texts, args.vocab_size, args.layout)
 
     import sentencepiece
 
@@ -84,7 +98,7 @@ def _check_output(output: Path) -> None:
         raise DataError(f"--output {output}: {above} is a file, not a folder: give another --output")
 
 
-def train_model(texts: list[str], vocab_size: int) -> bytes:
+def train_model(texts: list[str], vocab_size: int, layout: str = "beit3") -> bytes:
     """A serialised unigram model; the same texts give the same bytes (one thread, nothing shuffled or sampled).
 
     Raises:
@@ -104,7 +118,7 @@ def train_model(texts: list[str], vocab_size: int) -> bytes:
                 sentence_iterator=iter(texts),
                 model_writer=model,
                 model_type="unigram",
-                vocab_size=vocab_size,
+                vocab_size=vocab_size + NUM_BYTES * ("byte_fallback" in LAYOUTS[layout]),
                 hard_vocab_limit=False,
                 character_coverage=1.0,
                 num_threads=1,
@@ -112,7 +126,7 @@ def train_model(texts: list[str], vocab_size: int) -> bytes:
                 max_sentence_length=MAX_TEXT_BYTES,
                 seed_sentencepieces_file="seeds.tsv",
                 minloglevel=2,
-                **SPECIAL_IDS,
+                **LAYOUTS[layout],
             )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].split("] ")[-1]  # without the place in the C++ source

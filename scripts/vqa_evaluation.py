@@ -22,7 +22,7 @@ from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
 from engine.log import say
 from engine.partial_results import PartialResults
-from scripts import beit3_loaders
+from scripts import loaders
 from scripts.evaluation_files import clear_temporaries
 
 NUM_TOP_ANSWERS = 5
@@ -49,7 +49,7 @@ def evaluate(
         sums["questions"] += len(logits)
         sums["replaced"] += batch["images_replaced"]
     total = sum_over_processes(sums)
-    beit3_loaders.warn_of_replaced(total["replaced"])
+    loaders.warn_of_replaced(total["replaced"])
     if total["questions"] != loader.num_samples:
         raise AssertionError(f"{total['questions']} questions validated instead of {loader.num_samples}")
     return {"score": 100 * total["score"] / total["questions"]}
@@ -93,7 +93,7 @@ def predict(
         replaced += batch["images_replaced"]
         # after a stop somebody may have mended the images; and whatever counts them sees all of them again
         kept.add(answers, keep=not batch["images_replaced"])
-    beit3_loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
+    loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
     return kept.gather()
 
 

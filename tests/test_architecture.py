@@ -56,7 +56,7 @@ def test_a_room_imports_none_of_the_others_nor_the_programs(room):
     ("room", "allowed"),
     [
         ("models", {"torch", "torchvision"}),
-        ("data", {"torch", "torchvision", "numpy", "PIL", "sentencepiece", "tqdm"}),
+        ("data", {"torch", "torchvision", "numpy", "PIL", "sentencepiece", "tqdm", "pyarrow"}),
         ("engine", {"torch", "numpy", "tqdm", "safetensors", "deepspeed"}),
     ],
 )

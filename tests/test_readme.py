@@ -27,6 +27,9 @@ DIST_RUN = sorted((ROOT / "scripts").glob("dist_run_*.sh"))  # these are told th
 BATCH_SCRIPTS = sorted((ROOT / "scripts").glob("*.sbatch"))
 PARSERS = {
     "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
+    "run_vle_vqa.py": "scripts.vle_args:build_parser",
+    "scripts/convert_checkpoint_after_ft.py": "scripts.convert_checkpoint_after_ft:build_parser",
+    "scripts/write_vqa.py": "scripts.write_vqa:build_parser",
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
