@@ -187,6 +187,8 @@ def best_model(
         return None
     best = output_dir / BEST
     reason = "" if best.is_dir() else f"there is no {best}"
+    if not reason and args.train_file and args.eval_split in vle_vqa.SPLITS:
+        reason = "own data have no test split: give a .jsonl file as --eval_split"
     if not reason and not vle_vqa.has_split(args, args.eval_split):
         reason = f"there is no split {args.eval_split} in {args.data_root}"
     if distributed.broadcast_object(reason):

@@ -3,6 +3,8 @@
 A file is mapped into memory and indexed once by image; its texts and images never all lie in memory.
 """
 
+import copy
+import itertools
 import json
 import mmap
 from bisect import bisect_right
@@ -101,13 +103,16 @@ class _ArrowTable:
 class RowRecords(Sequence):
     """The questions of row files as records, in file order."""
 
-    def __init__(self, paths: Iterable[str | Path], tokenizer: Tokenizer, num_answers: int) -> None:
+    def __init__(
+        self, paths: Iterable[str | Path], tokenizer: Tokenizer, num_answers: int, limit: int | None = None
+    ) -> None:
         """Open and check the files.
 
         Args:
             paths: ``.jsonl`` or ``.arrow`` files; empty ones among several are fine.
             tokenizer: of the model.
             num_answers: labels must be below it.
+            limit: take only the first so many questions.
 
         Raises:
             DataError: a file is missing, broken or empty; a row is malformed or a question id stands twice. File and
@@ -130,20 +135,25 @@ class RowRecords(Sequence):
             seen: set[int] = set()
             twice = next(index for index in ids if index in seen or seen.add(index))
             raise DataError(f"{names}: question {twice} stands twice: {ADVICE}")
+        self._length = len(ids) if limit is None else min(limit, len(ids))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Mapped files cannot travel to another process; it opens them itself."""
-        return RowRecords, (self._paths, self._tokenizer, self._num_answers)
+        return RowRecords, (self._paths, self._tokenizer, self._num_answers, self._length)
 
     def __len__(self) -> int:
         """Number of questions."""
-        return int(self._first[-1])
+        return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        """One record, or a list of those of a slice; the slice of everything is this object itself."""
+        """One record; of a slice from the start on such an object, of another slice a list."""
         if isinstance(index, slice):
             places = range(*index.indices(len(self)))
-            return self if len(places) == len(self) and places.step == 1 else [self[place] for place in places]
+            if places.start or places.step != 1:
+                return [self[place] for place in places]
+            part = copy.copy(self)
+            part._length = len(places)
+            return part
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -153,6 +163,9 @@ class RowRecords(Sequence):
 
     def __iter__(self) -> Iterator[VQARecord]:
         """All records; each row is read once."""
+        return itertools.islice(self._all(), self._length)
+
+    def _all(self) -> Iterator[VQARecord]:
         for file in self._files:
             for number in range(len(file)):
                 row = file.row(number)

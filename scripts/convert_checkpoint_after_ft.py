@@ -27,9 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("checkpoint", nargs="?", default="step=0.ckpt", help="file or folder to read (%(default)s)")
     p.add_argument("output", nargs="?", default=WEIGHTS_FILE, help="file (.bin, .pth, .safetensors) or folder to write")
-    p.add_argument(
-        "--model_dir", help="folder whose config.json the weights must fit (default: the checkpoint's)"
-    )
+    p.add_argument("--model_dir", help="folder whose config.json the weights must fit (default: the checkpoint's)")
     p.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     return p
 

@@ -108,15 +108,19 @@ def question_loader(
     train: bool,
     device: torch.device,
     done: Collection[int] = (),
+    images_of: Sequence[VQARecord] | None = None,
 ) -> Any:
-    """Train loader (shuffled) or evaluation loader (every question once, in order); images are prepared alike."""
-    root = Path(args.image_root)
+    """Train loader (shuffled) or evaluation loader (every question once, in order); images are prepared alike.
+
+    ``images_of`` holds the images where ``records`` were made from other ones.
+    """
+    root, images_of = Path(args.image_root), records if images_of is None else images_of
     images = ImageReader(
         root,
         CLIPTransform(folder.images),
         image_size=folder.images.shortest_edge,
         replace_broken_images=args.skip_broken_images,
-        load=partial(records.load_image, root) if isinstance(records, RowRecords) else None,
+        load=partial(images_of.load_image, root) if isinstance(images_of, RowRecords) else None,
     )
     dataset = VQADataset(records, images, folder.tokenizer, max_tokens=args.max_text_len)
     collate = VQACollate(folder.tokenizer.pad_id, num_answers)
@@ -178,7 +182,7 @@ def run_evaluation(
 
     An evaluation that was stopped goes on. A dry run predicts two batches and writes nothing.
     """
-    records: Sequence[VQARecord] = read_split(args, args.eval_split, folder.tokenizer, answers)
+    records = source = read_split(args, args.eval_split, folder.tokenizer, answers)
     if args.shuffle_images:
         records = with_shuffled_images(list(records), args.seed)
     annotations = read_annotations(args.annotations, list(records)) if args.annotations else None
@@ -198,7 +202,9 @@ def run_evaluation(
         device=device,
     )
     done = [place for place, question_id in enumerate(ids) if question_id in kept.found]
-    loader = question_loader(args, records, folder, len(answers), train=False, device=device, done=done)
+    loader = question_loader(
+        args, records, folder, len(answers), train=False, device=device, done=done, images_of=source
+    )
     predictions = predict(
         model,
         loader,
