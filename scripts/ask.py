@@ -2,6 +2,7 @@
 
 python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
 python scripts/ask.py --checkpoint output/coco_captioning/checkpoint-best --image photo.jpg
+python scripts/ask.py --checkpoint hfl/vle-base-for-vqa --image photo.jpg --question "what is on the table?"
 """
 
 import sys
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from data.tokenizers.spm import XLMRTokenizer
+    from data.tokenizers.spm import SentencePieceTokenizer, XLMRTokenizer
     from data.vqa_answers import AnswerVocabulary
+    from scripts.vqa_evaluation import Probabilities
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint folder of a run, or a published .pth with the flags below"
+        "--checkpoint",
+        required=True,
+        help="checkpoint folder of a run, folder of a VLE model, or a .pth of BEiT-3 with the flags below",
     )
     parser.add_argument("--image", required=True, help="picture file")
     parser.add_argument("--question", nargs="+", help="one or more questions, each in quotes; none: a caption")
@@ -47,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     """Load once, then answer each question or find a caption."""
     args = build_parser().parse_args(argv)
 
+    import torch
+
     from data.errors import DataError
     from data.tokenizers.spm import XLMRTokenizer
     from data.transforms import EvalTransform, normalize
@@ -57,6 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.checkpoint).exists():
         raise DataError(f"--checkpoint {args.checkpoint}: no such file or folder")
     picture = read_picture(args.image)
+    if is_vle_folder(args.checkpoint):
+        _ask_vle(args, picture)
+        return
     config = read_checkpoint_config(args.checkpoint)
     name = args.model or config.get("model")
     task = _task(args, config)
@@ -76,9 +85,39 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(choice, tokenizer, answers and len(answers), for_training=False).to(device).eval()
     image = normalize(EvalTransform(model.config.image_size)(picture).unsqueeze(0).to(device))
     if answers is not None:
-        _answer(args, model, image, texts, answers)
+        _answer(args, model, image, texts, answers, torch.sigmoid)
     else:
         _caption(args, model, image, tokenizer, max_tokens)
+
+
+def is_vle_folder(checkpoint: str) -> bool:
+    """Whether this is a folder whose ``config.json`` is of a VLE model."""
+    from data.files import read_json
+
+    path = Path(checkpoint) / "config.json"
+    content = read_json(path) if path.is_file() else None
+    return isinstance(content, dict) and content.get("model_type") == "vle"
+
+
+def _ask_vle(args: argparse.Namespace, picture: "np.ndarray") -> None:
+    """Answer each question with a VLE folder; probabilities are those of its original pipeline."""
+    from data.clip_images import CLIPTransform, normalize
+    from data.errors import DataError
+    from engine import distributed
+    from scripts.vle_config import ORIGINAL_MAX_TEXT_LEN
+    from scripts.vle_model import build_model, read_model_folder
+    from scripts.vle_vqa import softmax
+
+    if not args.question:
+        raise DataError(f"{args.checkpoint} is of a model that answers questions: give --question")
+    folder = read_model_folder(args.checkpoint, sentencepiece_model=args.sentencepiece_model)
+    if folder.answers is None:
+        raise DataError(f"{args.checkpoint}/config.json has no id2label: without it the answers have no names")
+    texts = [question_tokens(question, folder.tokenizer, ORIGINAL_MAX_TEXT_LEN) for question in args.question]
+    device = distributed.init(args.device)
+    model = build_model(folder, args.checkpoint, folder.answers, for_training=False).to(device).eval()
+    image = normalize(CLIPTransform(folder.images)(picture)[None].to(device), folder.images)
+    _answer(args, model, image, texts, folder.answers, softmax)
 
 
 def _task(args: argparse.Namespace, config: dict[str, Any]) -> str:
@@ -94,7 +133,12 @@ def _task(args: argparse.Namespace, config: dict[str, Any]) -> str:
 
 
 def _answer(
-    args: argparse.Namespace, model: "nn.Module", image: "Tensor", texts: list[list[int]], answers: "AnswerVocabulary"
+    args: argparse.Namespace,
+    model: "nn.Module",
+    image: "Tensor",
+    texts: list[list[int]],
+    answers: "AnswerVocabulary",
+    probabilities: "Probabilities",
 ) -> None:
     """Print the most probable answers to each question."""
     import json
@@ -106,7 +150,7 @@ def _answer(
     for question, tokens in zip(args.question, texts, strict=True):
         with torch.inference_mode():
             logits = model(image, torch.tensor([tokens], device=image.device))
-        top = top_answers(logits[0], answers, args.top)
+        top = top_answers(logits[0], answers, args.top, probabilities)
         if args.json:
             print(json.dumps({"question": question, "top": [[answer, round(p, 6)] for answer, p in top]}))
         else:
@@ -152,7 +196,7 @@ def read_picture(path: str) -> "np.ndarray":
         raise DataError(f"--image {path}: {reason.rpartition('; ')[0] or reason}") from None
 
 
-def question_tokens(question: str, tokenizer: "XLMRTokenizer", max_tokens: int) -> list[int]:
+def question_tokens(question: str, tokenizer: "SentencePieceTokenizer", max_tokens: int) -> list[int]:
     """Model input of one question, at most ``max_tokens`` ids; says on stderr when it had to be cut.
 
     Raises:

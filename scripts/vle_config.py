@@ -9,6 +9,7 @@ from data.errors import DataError
 from data.files import read_json
 
 COSINE = "cosine"
+ORIGINAL_MAX_TEXT_LEN = 50
 PRECISIONS = {"16": "fp16", "32": "no", "bf16": "bf16"}  # precision → --amp of the shared parts
 _OPTIMIZERS = ("adamw", "adam", "sgd")
 

@@ -13,9 +13,10 @@ from data.tokenizers.deberta import DebertaTokenizer
 from data.vle_rows import read_labels
 from engine.weights import read_state_dict
 from models.vle.config import VLEConfig
-from scripts import convert_checkpoint_after_ft, write_vqa, zero_to_fp32
+from scripts import ask, convert_checkpoint_after_ft, make_report, write_vqa, zero_to_fp32
 from scripts.vle_args import parse_args, settle_batch_sizes
 from tests.helpers import run_in_processes, run_program
+from tests.parity.fixture_files import fixture_path
 from tests.scripts.vle_run import (
     drawn_rows,
     eval_flags,
@@ -286,3 +287,22 @@ def test_a_question_longer_than_the_limit_is_cut_with_both_ends_kept():
     tokenizer = DebertaTokenizer(model_folder() / "spm.model")
     tokens = tokenizer.encode("is there a red circle above the blue star?")
     assert tokenizer.build_segment(tokens, 5) == [tokenizer.bos_id, *tokens[:3], tokenizer.eos_id]
+
+
+def test_one_picture_is_asked_about_with_the_probabilities_of_the_pipeline(capsys):
+    folder = fixture_path("vle_tiny_for_vqa")
+    image = sorted((drawn_data() / "test2015").iterdir())[0]
+    ask.main(["--checkpoint", str(folder), "--image", str(image), "--question", "what is it?", "--json", "--top", "99"])
+    (line,) = capsys.readouterr().out.splitlines()
+    top = json.loads(line)["top"]
+    assert len(top) == 13
+    assert sum(probability for _, probability in top) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_picture_page_shows_a_run(tmp_path):
+    run = trained_run()
+    argv = ["--run", str(run), "--data_path", str(drawn_data()), "--split", "test", "--output", str(tmp_path)]
+    predictions = tmp_path / "submit_vqav2_test.json"
+    program(*eval_flags(run / "checkpoint-best", tmp_path))
+    make_report.main([*argv, "--predictions", str(predictions)])
+    assert (tmp_path / "report.html").stat().st_size > 10_000
