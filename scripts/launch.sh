@@ -48,6 +48,7 @@ need_rank() {
 parser_of() {
     case ${1##*/} in
         run_beit3_finetuning.py) echo scripts.beit3_args ;;
+        run_vle_vqa.py) echo scripts.vle_args ;;
     esac
 }
 

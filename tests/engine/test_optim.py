@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.optim import LRRule, build_adamw, head_multiplier_rule, layer_decay_rule, parameter_groups
+from engine.optim import (
+    LRRule,
+    TransformersAdamW,
+    build_adamw,
+    build_optimizer,
+    head_multiplier_rule,
+    layer_decay_rule,
+    parameter_groups,
+)
 from models.beit3.config import beit3_config
 from models.beit3.tasks import build_beit3
 
@@ -72,3 +80,48 @@ def test_fused_adamw_takes_the_textbook_step():
     # first step: m / sqrt(v) is the sign of the gradient; decay is decoupled
     expected = torch.tensor([[1.0, -2.0]]) * (1 - 0.01 * 0.1) - 0.01 * torch.tensor([[1.0, -1.0]])
     torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "transformers_adamw", "adam", "sgd"])
+def test_optimizers_by_name_step_and_resume_exactly(kind):
+    torch.manual_seed(0)
+    start, grads = torch.randn(4, 3), torch.randn(6, 4, 3)
+
+    def run(first: int, last: int, weight: torch.Tensor, state: dict | None = None):
+        parameter = nn.Parameter(weight.clone())
+        groups = [{"name": "all", "params": [parameter], "param_names": ["w"], "weight_decay": 0.1, "lr_scale": 1.0}]
+        optimizer = build_optimizer(kind, groups, lr=0.1)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for number in range(first, last):
+            parameter.grad = grads[number].clone()
+            optimizer.step()
+        return parameter.detach(), optimizer.state_dict()
+
+    whole, _ = run(0, 6, start)
+    half, state = run(0, 3, start)
+    resumed, _ = run(3, 6, half, state)
+    assert torch.equal(whole, resumed)
+    assert not torch.equal(whole, start)
+
+
+def test_the_adamw_of_transformers_is_that_formula():
+    weight, gradient, lr, beta1, beta2, eps, decay = 2.0, 0.5, 0.1, 0.9, 0.99, 0.3, 0.2
+    parameter = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+    optimizer = TransformersAdamW(
+        [{"params": [parameter], "weight_decay": decay}], lr=lr, betas=(beta1, beta2), eps=eps
+    )
+    first = second = 0.0
+    for step in (1, 2, 3):
+        parameter.grad = torch.tensor([gradient * step], dtype=torch.float64)
+        optimizer.step()
+        first = beta1 * first + (1 - beta1) * gradient * step
+        second = beta2 * second + (1 - beta2) * (gradient * step) ** 2
+        weight -= lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) * first / (second**0.5 + eps)
+        weight -= lr * decay * weight
+    assert parameter.item() == pytest.approx(weight, rel=1e-12)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(EngineError, match="unknown optimizer 'lion'"):
+        build_optimizer("lion", [], lr=1.0)
