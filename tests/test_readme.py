@@ -5,6 +5,7 @@ parser of its program; launchers are asked with ``PLAINVL_PRINT`` which command 
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from data.files import read_json
 from models.beit3.config import beit3_config, model_names
 from models.errors import ModelError
 from scripts.beit3_args import OFFERED_TASKS, RECIPES, parse_args
 from scripts.beit3_args import build_parser as build_beit3_parser
+from scripts.vle_args import CONFIG_FOLDER, DEFAULT_CONFIG
+from scripts.vle_config import CONFIG_KEYS
 from tests.citations import absent, citations_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -435,3 +439,13 @@ def test_the_tasks_that_the_flags_offer_are_those_of_the_program():
     from scripts.beit3_args import OFFERED_TASKS
 
     assert tuple(TASKS) == OFFERED_TASKS
+
+
+def test_the_settings_table_of_vle_holds_every_key_with_its_shipped_value():
+    page = (ROOT / "docs/vle.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, flags=re.MULTILINE))
+    shipped = read_json(CONFIG_FOLDER / DEFAULT_CONFIG)
+    assert list(shipped) == list(CONFIG_KEYS)
+    assert rows["deepspeed_config"] == "see the file"
+    for key in CONFIG_KEYS.keys() - {"deepspeed_config"}:
+        assert rows[key] == f"`{json.dumps(shipped[key])}`", key
