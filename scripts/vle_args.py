@@ -1,7 +1,6 @@
 """Settings of ``run_vle_vqa.py``: the original's config file, each key of it as a flag, and ours (no torch here)."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def _flag(check: Any) -> Any:
     def parse(text: str) -> Any:
         try:
             return check(text)
-        except (ValueError, json.JSONDecodeError) as error:
+        except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {error}, got {text!r}") from None
 
     return parse

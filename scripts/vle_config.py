@@ -71,7 +71,10 @@ def _steps(value: Any) -> int | None:
 def _devices(value: Any) -> int | list[int]:
     """``num_gpus``: how many, or a list of device numbers."""
     if isinstance(value, str) and value.startswith("["):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError("a whole number, or a list of device numbers such as [0, 1]") from None
     if isinstance(value, list):
         if not value or not all(type(device) is int and device >= 0 for device in value):
             raise ValueError("a whole number, or a list of device numbers")

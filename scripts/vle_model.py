@@ -12,6 +12,7 @@ from data.files import read_json
 from data.tokenizers.deberta import MODEL_FILE, DebertaTokenizer, tokenizer_files
 from data.vle_rows import LABEL_FILE
 from data.vqa_answers import AnswerVocabulary
+from engine.errors import EngineError
 from engine.log import say
 from engine.weights import read_state_dict
 from models.errors import ModelError
@@ -104,7 +105,11 @@ def build_model(
     model = VLEForVQA(config)
     if weights is None:
         return model
-    state = prepare_vle_state_dict(read_state_dict(weights, model_key=WEIGHTS_KEY), config)
+    try:
+        state = read_state_dict(weights, model_key=WEIGHTS_KEY)
+    except EngineError as error:
+        raise EngineError(f"{error}" + ("; or start from random weights by --from_scratch" * for_training)) from None
+    state = prepare_vle_state_dict(state, config)
     rows = state[_HEAD_ROWS].shape[0] if _HEAD_ROWS in state else None
     same = rows == len(answers) and folder.config.labels in (None, config.labels)
     if rows is not None and not same:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,15 +10,25 @@ import pytest
 import torch
 
 from data.clip_images import CLIPImageSettings
+from data.errors import DataError
 from data.tokenizers.deberta import DebertaTokenizer
 from data.vle_rows import read_labels
 from engine.weights import read_state_dict
 from models.vle.config import VLEConfig
-from scripts import ask, convert_checkpoint_after_ft, make_report, write_vqa, zero_to_fp32
-from scripts.vle_args import parse_args, settle_batch_sizes
+from scripts import (
+    ask,
+    convert_checkpoint_after_ft,
+    draw_scenes,
+    make_report,
+    train_sentencepiece,
+    write_vqa,
+    zero_to_fp32,
+)
+from scripts.vle_args import launch_command, parse_args, settle_batch_sizes
 from tests.helpers import run_in_processes, run_program
 from tests.parity.fixture_files import fixture_path
 from tests.scripts.vle_run import (
+    TINY_CONFIG,
     drawn_rows,
     eval_flags,
     flags,
@@ -97,6 +108,34 @@ def test_num_gpus_of_the_config_starts_so_many_processes(tmp_path):
     done = run_program(ROOT / "run_vle_vqa.py", *argv, **{k: v for k, v in environment.items() if v})
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2
+
+
+def test_nodes_and_device_numbers_of_the_config_make_the_command_of_torchrun(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    program_and_flags = ("run_vle_vqa.py", ["--seed", "1"])
+    assert launch_command(parse_args(flags()), *program_and_flags) is None
+    command, changes = launch_command(parse_args(flags("--num_gpus", "[0, 3]")), *program_and_flags)
+    assert command[1:] == [
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "run_vle_vqa.py",
+        "--seed",
+        "1",
+    ]
+    assert changes == {"CUDA_VISIBLE_DEVICES": "0,3"}
+    two_nodes = parse_args(flags("--num_gpus", "4", "--num_nodes", "2"))
+    with pytest.raises(DataError, match="num_nodes 2 needs the environment variable MASTER_ADDR"):
+        launch_command(two_nodes, *program_and_flags)
+    for name, value in (("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("NODE_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    command, _ = launch_command(two_nodes, *program_and_flags)
+    assert command[2:7] == [
+        *("--nproc_per_node=4", "--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29500"),
+    ]
+    monkeypatch.setenv("RANK", "0")
+    assert launch_command(two_nodes, *program_and_flags) is None
 
 
 def test_max_steps_is_the_length_of_the_schedule_and_goes_beyond_an_epoch(tmp_path):
@@ -306,3 +345,20 @@ def test_the_picture_page_shows_a_run(tmp_path):
     program(*eval_flags(run / "checkpoint-best", tmp_path))
     make_report.main([*argv, "--predictions", str(predictions)])
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_to_look_at_drawn_scenes_from_random_weights(tmp_path):
+    data, model, run = tmp_path / "data", tmp_path / "tiny", tmp_path / "run"
+    draw_scenes.main(["--output", str(data), "--num_train", "1500", "--num_val", "60", "--num_test", "100"])
+    write_vqa.main(["--data_path", str(data), "--num_rest_val_images", "60"])
+    model.mkdir()
+    shutil.copy(TINY_CONFIG, model)
+    questions = data / "vqa" / "v2_OpenEnded_mscoco_train2014_questions.json"
+    train_sentencepiece.main(["--layout", "deberta", "--input", str(questions), "--output", str(model / "spm.model")])
+    config = ["--train_config_file", "drawn_train_config.json", "--model_dir", model, "--from_scratch"]
+    program(*config, "--data_root", data / "vqav2_arrow", "--output_dir", run, "--device", "cpu")
+    make_report.main(["--run", str(run), "--data_path", str(data), "--split", "test"])
+    summary = json.loads((run / "summary.json").read_text())
+    overall = dict(zip(summary["columns"], summary["rows"][0]["scores"], strict=True))
+    assert overall["Model"] > overall["Question only"] + 0.15, overall
