@@ -13,7 +13,7 @@ from models.linear import Linear
 FEATURE_SIZE = 2048
 _WAVES = 256  # sines, and as many cosines, of each of four numbers
 _BASE, _SCALE = 1000.0, 100.0
-_DROPOUT = 0.1  # fixed in the original
+DROPOUT = 0.1  # fixed in the original
 
 
 def coordinate_embedding(boxes: Tensor, sizes: Tensor, num_waves: int = _WAVES) -> Tensor:
@@ -47,7 +47,7 @@ class PrecomputedRegions(nn.Module):
     def __init__(self, width: int) -> None:
         """``width`` of the vectors."""
         super().__init__()
-        self.obj_downsample = nn.Sequential(nn.Dropout(_DROPOUT), Linear(2 * FEATURE_SIZE, width), nn.ReLU())
+        self.obj_downsample = nn.Sequential(nn.Dropout(DROPOUT), Linear(2 * FEATURE_SIZE, width), nn.ReLU())
 
     def forward(self, boxes: Tensor, features: Tensor, sizes: Tensor, mask: Tensor) -> Tensor:
         """(B, K, 4) boxes, (B, K, 2048) features, (B, 2) image sizes, (B, K) mask -> (B, K, width), 0 at padding."""

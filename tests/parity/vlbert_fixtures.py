@@ -27,9 +27,15 @@ def transformer_config(values: dict[str, Any], **more: Any) -> VLBertConfig:
 
 
 def vqa_model(
-    config: dict[str, Any], state: dict[str, Tensor], section: str, num_outputs: int, **more: Any
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    section: str,
+    num_outputs: int,
+    *,
+    regions: nn.Module | None = None,
+    **more: Any,
 ) -> nn.Module:
-    """A question-answering model, or a policy, on precomputed features."""
+    """A question-answering model, or a policy; on precomputed features without ``regions``."""
     vocab = config["vocab"]
     model = VLBertForVQA(
         transformer_config(config[section], **more),
@@ -37,6 +43,7 @@ def vqa_model(
         classifier=config["CLASSIFIER_TYPE"],
         classifier_hidden_size=config.get("CLASSIFIER_HIDDEN_SIZE", 1024),
         classifier_dropout=0.0,
+        regions=regions,
         special_ids=SpecialIds(*(vocab.index(token) for token in ("[CLS]", "[SEP]", "[MASK]"))),
     )
     model.image_feature_extractor.obj_downsample[0].p = 0.0
