@@ -135,9 +135,8 @@ def run_spottune(
         heads, (attended, wide, narrow) = decisions[:, :-PARTS], decisions[:, -PARTS:].unbind(1)
         ours = layer.contexts(tokens, mask, frozen=False)
         if heads.shape[1] != ours.shape[1]:
-            raise ModelError(
-                f"a policy of {policy.shape[1]} decisions is not {len(layers)} x ({ours.shape[1]} heads + 3)"
-            )
+            wanted = len(layers) * (ours.shape[1] + PARTS)
+            raise ModelError(f"a policy of {policy.shape[1]} decisions, the encoder takes {wanted}")
         gate = heads[:, :, None, None]
         context = gate * ours + (1 - gate) * layer.contexts(tokens, mask, frozen=True)
         ours = layer.attention_output(context, tokens, frozen=False)
