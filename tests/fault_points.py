@@ -17,7 +17,7 @@ import torch
 
 import engine.checkpoint
 import run_beit3_finetuning
-from scripts import beit3_vqa
+from scripts import beit3_vqa, vqa_evaluation
 from scripts.program import run
 
 TEMPORARY = engine.checkpoint.TEMPORARY
@@ -168,7 +168,7 @@ def _during_prune(occasion: int, happening: Happening) -> None:
 
 def _during_evaluation(occasion: int, happening: Happening) -> None:
     countdown = _Countdown(occasion, happening)
-    _wrap(beit3_vqa, "_target_scores", after=lambda *_, **__: countdown())
+    _wrap(vqa_evaluation, "_target_scores", after=lambda *_, **__: countdown())
 
 
 def _during_dump(occasion: int, happening: Happening) -> None:

@@ -1,0 +1,164 @@
+"""BlockDrop beside the standard model at inference, and SpotTune beside it in training, in one run.
+
+    python benchmarks/bench_adaptive.py --threads 2
+
+Inference: the base model with the policy network in front of it, whose decisions are then forced to ``--blocks`` of the
+layers, others for each sample; against the standard model on the same input. Outputs are checked first against those of
+the arithmetic that computes every layer and multiplies. Training: forward, backward, AdamW; SpotTune with its policy.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from models.adaptive import sample_policy
+from models.losses import vqa_loss
+from models.vlbert.encoder import EncoderConfig
+from models.vlbert.regions import FEATURE_SIZE
+from models.vlbert.vlbert import VLBertConfig
+from models.vlbert.vqa import VLBertForVQA
+
+VOCABULARY = 8192  # rows that are not looked up would only cost memory
+NUM_ANSWERS, POLICY_LAYERS, POLICY_INNER = 3129, 2, 512
+MAX_DIFFERENCE = 1e-4
+
+
+def build(strategy: str, num_outputs: int = NUM_ANSWERS, **sizes: int) -> VLBertForVQA:
+    """A base model with random weights and visual input."""
+    encoder = EncoderConfig(strategy=strategy, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    scale = {"visual_scale_text_init": 1.0, "visual_scale_object_init": 1.0}
+    model = VLBertForVQA(VLBertConfig(encoder=encoder, vocab_size=VOCABULARY, **scale), num_outputs)
+    model.image_feature_extractor.obj_downsample[0].p = 0.0
+    return model
+
+
+def policy_network(model: VLBertForVQA) -> VLBertForVQA:
+    """The small model that decides for another one."""
+    decisions = model.config.encoder.num_decisions
+    return build("standard", 2 * decisions, num_hidden_layers=POLICY_LAYERS, intermediate_size=POLICY_INNER)
+
+
+def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes with features, image sizes, questions."""
+    corners = torch.rand(args.batch_size, args.regions, 4) * 300
+    corners[..., 2:] += corners[..., :2]
+    boxes = torch.cat([corners, torch.rand(args.batch_size, args.regions, FEATURE_SIZE)], dim=-1)
+    sizes = torch.full((args.batch_size, 2), 600.0)
+    question = torch.randint(1000, VOCABULARY, (args.batch_size, args.words))
+    return boxes, sizes, question
+
+
+def measure_inference(args: argparse.Namespace) -> dict[str, float]:
+    """Standard, and BlockDrop with its policy network, in turns."""
+    torch.manual_seed(0)
+    model, batch = build("BlockDrop").eval(), batch_of(args)
+    standard, decider = build("standard").eval(), policy_network(model).eval()
+    standard.load_state_dict(model.state_dict())
+    num_layers = model.config.encoder.num_hidden_layers
+    order = torch.rand(args.batch_size, num_layers).argsort(dim=1)
+    policy = (order < args.blocks).float()
+    slow = model(*batch, policy).detach()  # with gradients every layer runs
+
+    def adaptive() -> Tensor:
+        with torch.no_grad():
+            decider(*batch)
+            return model(*batch, policy)
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return standard(*batch)
+
+    difference = (adaptive() - slow).abs().max().item()
+    if difference > MAX_DIFFERENCE:
+        raise SystemExit(f"bench_adaptive: error: outputs differ by {difference:.1e}")
+    times = _in_turns(args.rounds, {"adaptive": adaptive, "standard": plain})
+    return {"difference": difference, **times, "share": times["adaptive"] / times["standard"]}
+
+
+def measure_training(args: argparse.Namespace) -> dict[str, float]:
+    """A step of the standard model, and of SpotTune with its policy network, in turns."""
+    torch.manual_seed(0)
+    batch, targets = batch_of(args), torch.rand(args.batch_size, NUM_ANSWERS)
+    standard, spottune = build("standard").train(), build("SpotTune").train()
+    decider = policy_network(spottune).train()
+
+    def stepper(models: list[torch.nn.Module], forward: Callable[[], Tensor]) -> Callable[[], None]:
+        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            vqa_loss(forward(), targets).backward()
+            optimizer.step()
+
+        return step
+
+    return _in_turns(
+        args.rounds,
+        {
+            "standard": stepper([standard], lambda: standard(*batch)),
+            "spottune": stepper([spottune, decider], lambda: spottune(*batch, sample_policy(decider(*batch)))),
+        },
+    )
+
+
+def _in_turns(rounds: int, sides: dict[str, Callable[[], object]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first one warms up
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--regions", type=int, default=37)
+    parser.add_argument("--words", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=4, help="layers that each sample keeps, of twelve")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_training", action="store_true", help="inference only")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    args = build_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    row = {"inference": measure_inference(args)}
+    found = row["inference"]
+    print(
+        f"base, batch {args.batch_size}, {args.regions} regions, float32, CPU\n"
+        f"  inference: standard {found['standard']:.4g} s, BlockDrop with {args.blocks} of 12 blocks and its policy "
+        f"{found['adaptive']:.4g} s, {found['share']:.2f} of it; outputs within {found['difference']:.1e}"
+    )
+    if not args.no_training:
+        row["training"] = found = measure_training(args)
+        print(
+            f"  training step: standard {found['standard']:.4g} s, SpotTune {found['spottune']:.4g} s, "
+            f"{found['spottune'] / found['standard']:.2f} times"
+        )
+    print(f"  load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    if args.json:
+        setting = {key: value for key, value in vars(args).items() if key != "json"}
+        args.json.write_text(json.dumps({"torch": torch.__version__, "setting": setting, "row": row}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
