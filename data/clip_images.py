@@ -161,6 +161,7 @@ def normalize(images: Tensor, settings: CLIPImageSettings, dtype: torch.dtype = 
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(mode=False)  # kept tensors must be ordinary ones: a training step may be the next to use them
 def _tables(settings: CLIPImageSettings, device: torch.device) -> tuple[Tensor, Tensor]:
     """(3, 256) values, and the (3, 1, 1) numbers of the channels, kept on the device."""
     values = (np.arange(256) * settings.rescale_factor).astype(np.float32)

@@ -89,6 +89,7 @@ class _Encoder(nn.Module):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # kept tensors must be ordinary ones: a training step may be the next to use them
 def _rows_of_distances(length: int, num_buckets: int, max_positions: int) -> tuple[Tensor, Tensor | None]:
     """The rows of the distance table that a text of this length needs, and which of them each distance has.
 

@@ -54,3 +54,12 @@ def test_values_are_scaled_and_normalised_by_channel():
     settings = CLIPImageSettings(mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 2.0))
     found = normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8), settings)
     assert found.flatten().tolist() == pytest.approx([1.0, 1.0, 0.0])
+
+
+def test_tables_made_in_an_evaluation_serve_a_training_step():
+    settings, images = CLIPImageSettings().resized(7), torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    with torch.inference_mode():
+        normalize(images, settings)
+    weight = torch.ones(1, requires_grad=True)
+    (normalize(images, settings) * weight).sum().backward()
+    assert weight.grad is not None

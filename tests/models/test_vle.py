@@ -93,6 +93,13 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+def test_a_training_step_may_follow_an_evaluation():
+    model, pixels, ids = tiny_model(), torch.randn(2, 3, 16, 16), torch.randint(0, 40, (2, 17))
+    with torch.inference_mode():
+        model(pixels, ids)
+    model(pixels, ids).sum().backward()
+
+
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_shifted_rows_are_the_terms_of_each_distance(length):
     scores = torch.arange(2 * length * (2 * length - 1)).view(2, length, 2 * length - 1)
