@@ -40,6 +40,7 @@ PARSERS = {
     "scripts/make_caption_report.py": "scripts.make_caption_report:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
+    "scripts/pack_box_features.py": "scripts.pack_box_features:build_parser",
     "scripts/score_captions.py": "scripts.score_captions:build_parser",
     "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
     "scripts/zero_to_fp32.py": "scripts.zero_to_fp32:build_parser",
