@@ -65,9 +65,7 @@ def transform(
     """
     width, height = size
     if image is not None and image.shape[:2] != (height, width):
-        raise DataError(
-            f"the image is {image.shape[1]} x {image.shape[0]}, its boxes belong to one of {width} x {height}"
-        )
+        raise DataError(f"the image is {image.shape[1]} x {image.shape[0]}, its boxes are of {width} x {height}")
     new_width, new_height = target_size(width, height, *scales)
     ratios = new_width / width, new_height / height
     whole = torch.tensor([[0.0, 0.0, width - 1.0, height - 1.0]])
