@@ -189,7 +189,7 @@ run(lambda: run_vle_vqa.main(argv))
 
 
 # 12 calls in each epoch's training, 12 in its validation, then 12 for the test split
-@pytest.mark.parametrize("call", [8, 17, 31, 53])
+@pytest.mark.parametrize("call", [8, 53, *(pytest.param(call, marks=pytest.mark.slow) for call in (17, 31))])
 def test_a_run_killed_in_a_step_in_validation_or_in_prediction_ends_like_an_unbroken_one(unbroken, tmp_path, call):
     done = run_program("-c", _KILLS_ITSELF, str(call), *train_flags(tmp_path, *_TWO_EPOCHS))
     assert done.returncode == -signal.SIGKILL, done.stderr
