@@ -1,6 +1,8 @@
 """The one place where worker processes, batches and the random numbers of samples come together."""
 
+import contextlib
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import signal
 from collections.abc import Callable, Collection, Iterator
@@ -89,6 +91,13 @@ def _start_loader_process(_: int) -> None:
         os._exit(1)
 
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(leave)
+    remove = multiprocessing.util._remove_temp_dir
+
+    def remove_quietly(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):  # of the open files that are lacking; the main process says what is wrong
+            remove(*arguments)
+
+    multiprocessing.util._remove_temp_dir = remove_quietly
 
 
 class TrainLoader:
