@@ -20,13 +20,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.errors import DataError
-from data.files import read_json, write_json_atomic
+from data.files import parse_json, read_json, write_json_atomic
+from data.zip_folder import ZipFolder
 
 FEATURE_SIZE = 2048
 DTYPES = ("float32", "float16")
 _META, _FORMAT = "regions.json", "plainvl regions 1"
 _ARRAYS = ("images", "first", "boxes", "features", "whole")
 _ADVICE = "run python scripts/pack_box_features.py again"
+_EVERY_IMAGE = "every image of the questions needs its box file"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,15 @@ class Regions:
 
 
 class RegionSource(Protocol):
-    """Regions by image number."""
+    """Regions by image number; travels to other processes."""
+
+    def image_ids(self) -> set[int]:
+        """Numbers of the images that it knows."""
+        ...
+
+    def sizes(self) -> dict[int, tuple[int, int]] | None:
+        """Image number → width and height where they are at hand; None where every file would have to be read."""
+        ...
 
     def regions(self, image_id: int) -> Regions:
         """Of one image.
@@ -71,28 +81,80 @@ class JSONRegions:
         if not self.folder.is_dir():
             raise DataError(f"no folder of box files at {folder}: see docs/datasets.md for the layout")
 
+    def image_ids(self) -> set[int]:
+        """From the names of the files."""
+        return _numbers(os.listdir(self.folder))
+
+    def sizes(self) -> None:
+        """They stand inside the files."""
+
     def regions(self, image_id: int) -> Regions:
         """Read and decode one file."""
         path = self.folder / f"{image_id}.json"
-        content = read_json(path, advice="every image of the questions needs its box file")
-        if not isinstance(content, dict):
-            raise DataError(f"{path} must hold one JSON object")
-        count = content.get("num_boxes")
-        size = content.get("image_w"), content.get("image_h")
-        if type(count) is not int or count < 1:
-            raise DataError(f"{path}: num_boxes must be a whole number above 0, got {count!r:.40}")
-        if not all(type(side) is int and side > 0 for side in size):
-            raise DataError(f"{path}: image_w and image_h must be whole numbers above 0, got {size!r:.60}")
-        boxes = _decode(content, "boxes", path, count, 4)
-        features = _decode(content, "features", path, count, FEATURE_SIZE)
-        if content.get("image_box_feature"):
-            whole = _decode(content, "image_box_feature", path, 1, FEATURE_SIZE)[0]
-        else:
-            whole = features.mean(axis=0)
-        return Regions(boxes, features, whole, size)
+        return _parse(read_json(path, advice=_EVERY_IMAGE), path)
 
 
-def _decode(content: dict[str, Any], key: str, path: Path, rows: int, width: int) -> np.ndarray:
+class ZippedRegions:
+    """The same files in a zip archive, below a folder that is named like the archive."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the archive's list of files.
+
+        Raises:
+            DataError: it is missing or broken.
+        """
+        self._files = ZipFolder(path)
+
+    def image_ids(self) -> set[int]:
+        """From the names of the files."""
+        return _numbers(self._files.names())
+
+    def sizes(self) -> None:
+        """They stand inside the files."""
+
+    def regions(self, image_id: int) -> Regions:
+        """Read and decode one file."""
+        name = f"{image_id}.json"
+        place = f"{self._files.path}@/{name}"
+        return _parse(parse_json(self._files.read(name, advice=_EVERY_IMAGE), place), place)
+
+
+def open_regions(place: str | Path) -> RegionSource:
+    """A packed folder, a folder of JSON files, or a zip archive of one, told apart by what is there.
+
+    Raises:
+        DataError: there is nothing.
+    """
+    place = Path(place)
+    if (place / _META).is_file():
+        return PackedRegions(place)
+    return ZippedRegions(place) if place.suffix == ".zip" else JSONRegions(place)
+
+
+def _numbers(names: Iterable[str]) -> set[int]:
+    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
+
+
+def _parse(content: Any, path: str | Path) -> Regions:
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold one JSON object")
+    count = content.get("num_boxes")
+    size = content.get("image_w"), content.get("image_h")
+    if type(count) is not int or count < 1:
+        raise DataError(f"{path}: num_boxes must be a whole number above 0, got {count!r:.40}")
+    if not all(type(side) is int and side > 0 for side in size):
+        raise DataError(f"{path}: image_w and image_h must be whole numbers above 0, got {size!r:.60}")
+    boxes = _decode(content, "boxes", path, count, 4)
+    features = _decode(content, "features", path, count, FEATURE_SIZE)
+    if content.get("image_box_feature"):
+        whole = _decode(content, "image_box_feature", path, 1, FEATURE_SIZE)[0]
+    else:
+        whole = features.mean(axis=0)
+    return Regions(boxes, features, whole, size)
+
+
+def _decode(content: dict[str, Any], key: str, path: str | Path, rows: int, width: int) -> np.ndarray:
     text = content.get(key)
     if not isinstance(text, str):
         raise DataError(f"{path}: {key} must be base64 text, got {text!r:.40}")
@@ -213,6 +275,14 @@ class PackedRegions:
     def __len__(self) -> int:
         """Number of images."""
         return len(self._place)
+
+    def image_ids(self) -> set[int]:
+        """All of them."""
+        return set(self._place)
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Of all images."""
+        return {number: tuple(map(int, self._sizes[place])) for number, place in self._place.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Mapped files cannot travel to another process; it opens them itself."""

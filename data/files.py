@@ -27,7 +27,12 @@ def read_json(path: str | Path, *, advice: str = "") -> Any:
     Raises:
         DataError: missing, unreadable, empty, not UTF-8, or not JSON (file and line are named).
     """
-    content = _read_bytes(Path(path), advice).removeprefix(BYTE_ORDER_MARK)
+    return parse_json(_read_bytes(Path(path), advice), path, advice=advice)
+
+
+def parse_json(content: bytes, path: str | Path, *, advice: str = "") -> Any:
+    """The value of a JSON file whose bytes are at hand; ``path`` names it, errors as ``read_json``."""
+    content = content.removeprefix(BYTE_ORDER_MARK)
     if not content.strip():
         raise DataError(_sentence(f"{path} is empty", advice))
     try:

@@ -32,6 +32,25 @@ class SampleSource(Protocol):
         ...
 
 
+class BatchSampler(Protocol):
+    """Which samples this process reads in an epoch, from any step on."""
+
+    steps_per_epoch: int
+    samples_per_step: int  # over all processes
+
+    def set_position(self, epoch: int, first_step: int = 0) -> None:
+        """Where the next iteration begins."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of micro-batches of the next iteration."""
+        ...
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Lists of keys, one list a micro-batch."""
+        ...
+
+
 class _Failure:
     """Carries a data error out of a worker: the loader would wrap a raised one in the worker's traceback."""
 
@@ -103,7 +122,7 @@ def _start_loader_process(_: int) -> None:
 class TrainLoader:
     """Endless source of training micro-batches that can start at any step of any epoch."""
 
-    def __init__(self, loader: DataLoader, sampler: TrainBatchSampler, watch: Watch = iter) -> None:
+    def __init__(self, loader: DataLoader, sampler: BatchSampler, watch: Watch = iter) -> None:
         """Built by ``build_train_loader``."""
         self._loader, self._sampler, self._watch = loader, sampler, watch
         self.steps_per_epoch = sampler.steps_per_epoch
@@ -143,12 +162,14 @@ def build_train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     watch: Watch = iter,
+    sampler: BatchSampler | None = None,
 ) -> TrainLoader:
     """Loader of shuffled micro-batches (see ``TrainBatchSampler``); the draws do not depend on ``num_workers``.
 
-    ``watch`` passes on the batches of each pass over the data and may end it with an error.
+    ``watch`` passes on the batches of each pass over the data and may end it with an error. A ``sampler`` of one's own
+    takes the place of the usual one.
     """
-    sampler = TrainBatchSampler(
+    sampler = sampler or TrainBatchSampler(
         len(source),
         batch_size,
         accumulation_steps=accumulation_steps,
@@ -182,7 +203,7 @@ def build_eval_loader(
 def _data_loader(
     source: SampleSource,
     collate: Collate,
-    sampler: TrainBatchSampler | EvalBatchSampler,
+    sampler: BatchSampler | EvalBatchSampler,
     seed: int,
     num_workers: int,
     pin_memory: bool,

@@ -122,16 +122,8 @@ def own_targets(answers: list[str], vocabulary: AnswerVocabulary) -> tuple[list[
 def _own_record(
     row: dict, *, number: int, where: str, tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None
 ) -> VQARecord:
-    _check_keys(row, where)
-    image = check_relative(row.get("image"), f'{where}: "image"')
-    question = row.get("question")
-    if type(question) is not str or not question.strip():
-        raise DataError(f'{where}: "question" must be a text that is not empty, got {question!r:.80}')
+    image, question, answers, question_id = check_own_row(row, where, number=number)
     tokens = tokenizer.encode_filled(question, "question", where)
-    question_id = number if row.get("question_id") is None else row["question_id"]
-    if type(question_id) is not int:
-        raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")
-    answers = _answers(row, where)
     labels: list[int] = []
     scores: list[float] = []
     if answers:
@@ -139,6 +131,23 @@ def _own_record(
             raise DataError(f"{where}: the line has answers, but there is no answer list to number them by")
         labels, scores = own_targets(answers, vocabulary)
     return VQARecord(image, tuple(tokens), tuple(labels), tuple(scores), question_id)
+
+
+def check_own_row(row: dict, where: str, *, number: int) -> tuple[str, str, list[str] | None, int]:
+    """Image path, question, answers and question id of a line, checked; ``number`` is the id where it has none.
+
+    Raises:
+        DataError: an unknown key, a wrong type or an empty text; ``where`` opens the message.
+    """
+    _check_keys(row, where)
+    image = check_relative(row.get("image"), f'{where}: "image"')
+    question = row.get("question")
+    if type(question) is not str or not question.strip():
+        raise DataError(f'{where}: "question" must be a text that is not empty, got {question!r:.80}')
+    question_id = number if row.get("question_id") is None else row["question_id"]
+    if type(question_id) is not int:
+        raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")
+    return image, question, _answers(row, where), question_id
 
 
 def _check_keys(row: dict, where: str) -> None:

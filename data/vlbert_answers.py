@@ -5,7 +5,7 @@ the first counts.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ class AnswerList:
         Raises:
             DataError: no entries, or no ``<unk>``.
         """
-        cleaned = [entry.strip().lower() for entry in entries]
-        self.answers = tuple(normalize_entry(entry) for entry in cleaned if entry)
+        self.entries = tuple(cleaned for entry in entries if (cleaned := entry.strip().lower()))
+        self.answers = tuple(map(normalize_entry, self.entries))
         if UNKNOWN not in self.answers:
             raise DataError(f"{source} has no {UNKNOWN}: give VL-BERT's answers_vqa.txt, an answer a line")
         self._label_of: dict[str, int] = {}
@@ -59,11 +59,45 @@ class AnswerList:
         """Number of labels."""
         return len(self.answers)
 
+    def __getitem__(self, label: int) -> str:
+        """Answer of a label."""
+        return self.answers[label]
+
+    def __contains__(self, answer: str) -> bool:
+        """Whether exactly this text has a label."""
+        return self.label(answer) is not None
+
+    def label(self, answer: str) -> int | None:
+        """Label of exactly this text; None if it is not in the list, and for the unknown one."""
+        return None if answer == UNKNOWN else self._label_of.get(answer)
+
+    def soft_labels(self, said: Sequence[str]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Labels of what ten people said, and their scores in (0, 1], in order of first mention."""
+        counts = ((self.label(answer), count) for answer, count in Counter(said).items())
+        found = {label: soft_score(min(count, 10)) for label, count in counts if label is not None}
+        return tuple(found), tuple(found.values())
+
     def targets(self, said: Sequence[str]) -> Tensor:
         """(answers,) soft scores of what ten people said."""
         scores = torch.zeros(len(self))
-        for answer, count in Counter(said).items():
-            label = self._label_of.get(answer)
-            if label is not None and answer != UNKNOWN:
-                scores[label] = soft_score(min(count, 10))
+        for label, score in zip(*self.soft_labels(said), strict=True):
+            scores[label] = score
         return scores
+
+    @classmethod
+    def build(cls, answers: Iterable[str], *, min_count: int, most: int | None = None) -> "AnswerList":
+        """List of the most frequent answers, ``<unk>`` first.
+
+        Args:
+            answers: one a question, such as the most common one of its ten.
+            min_count: rarer ones are left out.
+            most: length of the list; None for any.
+
+        Raises:
+            DataError: no answer is frequent enough.
+        """
+        counts = Counter(normalize_entry(answer.strip().lower()) for answer in answers)
+        kept = [answer for answer, count in counts.most_common() if count >= min_count and answer.strip()]
+        if not kept:
+            raise DataError(f"none of the {len(counts)} different answers occurs {min_count} times: lower the number")
+        return cls([UNKNOWN, *kept[: None if most is None else most - 1]], source="the answers of the data")

@@ -56,17 +56,17 @@ def read_official_split(
     """
     is_test = split not in (TRAIN, VAL)
     question_path = find_annotation(QUESTION_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
-    questions = _items(question_path, "questions", {"image_id": int, "question": str, "question_id": int})
+    questions = read_items(question_path, "questions", {"image_id": int, "question": str, "question_id": int})
     found = [(f"{split} questions", str(question_path))]
     answers: dict[int, list[str]] = {}
     multiple_choice_answers: list[str] = []
     if not is_test:
         answers_path = find_annotation(ANSWERS_FILE.format(split), data_path, annotation_path, ANNOTATION_PLACES)
-        annotations = _items(
+        annotations = read_items(
             answers_path, "annotations", {"question_id": int, "multiple_choice_answer": str, "answers": list}
         )
         found.append((f"{split} annotations", str(answers_path)))
-        _check_answers(questions, question_path, annotations, answers_path)
+        check_answers(questions, question_path, annotations, answers_path)
         # strings only, each once: the objects of all ten answers of all questions would fill gigabytes
         answers = {qid: [intern(answer["answer"]) for answer in a["answers"]] for qid, a in annotations.items()}
         multiple_choice_answers = [intern(a["multiple_choice_answer"]) for a in annotations.values()]
@@ -91,12 +91,26 @@ def read_official_split(
     return OfficialSplit(split, question_path, present, by_image, answers, multiple_choice_answers)
 
 
-def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
-    """The objects of a question or annotation file by question id, in file order."""
-    content = read_json(path)
-    items = content.get(key) if isinstance(content, dict) else None
+def read_items(
+    path: Path, key: str, kinds: dict[str, type], *, bare: bool = False, advice: str = ""
+) -> dict[int, dict]:
+    """The objects of a question or annotation file by question id, in file order.
+
+    Args:
+        path: of the file.
+        key: ``questions`` or ``annotations``; where the list stands, and how messages call its entries.
+        kinds: keys that every entry has, and the type of each.
+        bare: the file is the list itself (VQA-CP).
+        advice: how to get the file; ends the message when it is missing.
+
+    Raises:
+        DataError: missing or broken file, an entry without a key or with another type, an id that stands twice.
+    """
+    content = read_json(path, advice=advice)
+    items = content if bare else content.get(key) if isinstance(content, dict) else None
     if not isinstance(items, list) or not items:
-        raise DataError(f'{path}: needs a non-empty list under "{key}"; is it the official file of VQA v2?')
+        where = "as a whole" if bare else f'under "{key}"'
+        raise DataError(f"{path}: needs a non-empty list {where}; is it the official file of VQA?")
     by_id: dict[int, dict] = {}
     for place, item in enumerate(items):
         qid = item.get("question_id") if isinstance(item, dict) else None
@@ -110,7 +124,7 @@ def _items(path: Path, key: str, kinds: dict[str, type]) -> dict[int, dict]:
     return by_id
 
 
-def _check_answers(questions: dict[int, dict], question_path: Path, annotations: dict[int, dict], path: Path) -> None:
+def check_answers(questions: dict[int, dict], question_path: Path, annotations: dict[int, dict], path: Path) -> None:
     """Every question has one annotation, of the same image, with at least one answer text; and the reverse."""
     for one, other, what in ((questions, annotations, path), (annotations, questions, question_path)):
         missing = [qid for qid in one if qid not in other]

@@ -1,9 +1,10 @@
 """The contract between the loop and whatever runs a step, and its plain-torch implementation (one process or DDP)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,9 @@ from engine.zero_files import RUN_FILE
 WEIGHTS_FILE = "model.pth"
 EMA_FILE = "model_ema.pth"
 STATE_FILE = "training_state.pth"
+
+
+_NO_PARTS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ class Backend(Protocol):
         """Add the gradients of one micro-batch's mean loss; the backend divides by the accumulation, nobody else."""
         ...
 
-    def step(self, lr: float) -> StepInfo | None:
-        """Call after every micro-batch; None inside an accumulation window, else the optimizer step's report."""
+    def step(self, lr: float, part_lrs: Mapping[str, float] = _NO_PARTS) -> StepInfo | None:
+        """Call after every micro-batch; None inside an accumulation window, else the optimizer step's report.
+
+        Groups that carry a ``part`` named in ``part_lrs`` have that base rate, the others ``lr``.
+        """
         ...
 
     def unwrapped(self) -> nn.Module:
@@ -105,10 +112,15 @@ class TorchBackend:
         autocast_dtype: torch.dtype | None = None,
         accumulation_steps: int = 1,
         clip_grad: float | None = None,
+        clip_parts: Mapping[str, float | None] = MappingProxyType({}),
         ema: ModelEMA | None = None,
         initial_loss_scale: float = 65536.0,
     ) -> None:
-        """Wrap a model that is already on ``device``; the optimizer's groups carry ``lr_scale``."""
+        """Wrap a model that is already on ``device``; the optimizer's groups carry ``lr_scale``.
+
+        Groups that carry a ``part`` named in ``clip_parts`` are clipped by their own norm to that value, the others
+        together to ``clip_grad``.
+        """
         if accumulation_steps < 1:
             raise EngineError(f"accumulation needs at least 1 step, got {accumulation_steps}")
         if clip_grad is not None and clip_grad <= 0:
@@ -117,12 +129,16 @@ class TorchBackend:
         self.accumulation_steps = accumulation_steps
         self.optimizer = optimizer
         self.ema = ema
-        self._clip_grad = clip_grad
         self._dtype = autocast_dtype
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=autocast_dtype is torch.float16, init_scale=initial_loss_scale
         )
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        limits = {"": clip_grad, **clip_parts}
+        clipped: dict[str, list[nn.Parameter]] = {}
+        for group in optimizer.param_groups:
+            part = group.get("part", "")
+            clipped.setdefault(part if part in limits else "", []).extend(group["params"])
+        self._clipped = [(parameters, limits[part]) for part, parameters in clipped.items()]
         self._micro_batches = 0
         self._bad_loss = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
@@ -150,12 +166,15 @@ class TorchBackend:
         if not isinstance(self.model, DistributedDataParallel) or distributed.world_size() <= 2:
             return
         random_state = get_random_state()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.model.require_backward_grad_sync = True
         with self.autocast():
             loss = compute_loss()
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         self._set_gradient_exchange()
+        for name, buffer in self.model.named_buffers():  # running statistics, counters
+            buffer.copy_(buffers[name])
         set_random_state(random_state)
 
     def backward(self, loss: Tensor) -> None:
@@ -163,8 +182,8 @@ class TorchBackend:
         self._bad_loss += ~torch.isfinite(loss.detach())
         self._scaler.scale(loss / self.accumulation_steps).backward()
 
-    def step(self, lr: float) -> StepInfo | None:
-        """Update the weights with base rate ``lr`` when the accumulation window is full."""
+    def step(self, lr: float, part_lrs: Mapping[str, float] = _NO_PARTS) -> StepInfo | None:
+        """Update the weights with base rate ``lr``, or its part's, when the accumulation window is full."""
         self._micro_batches += 1
         if self._micro_batches % self.accumulation_steps:
             self._set_gradient_exchange()
@@ -174,7 +193,7 @@ class TorchBackend:
         bad_loss = distributed.all_reduce_(self._bad_loss, "max") > 0
         skipped = bad_loss | ~torch.isfinite(grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = part_lrs.get(group.get("part", ""), lr) * group["lr_scale"]
         self._update(skipped)
         scale = self._scaler.scale(self._one)  # get_scale() would wait for the device at every step
         self._scaler.update()
@@ -188,11 +207,14 @@ class TorchBackend:
         return StepInfo(grad_norm=grad_norm, loss_scale=scale, skipped=skipped, failed=failed)
 
     def _clip(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if self._clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad, grad_norm, foreach=True)
-        return grad_norm
+        """Clip each part by its own norm; returns the norm of all gradients before it."""
+        norms = []
+        for parameters, limit in self._clipped:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients, foreach=True))
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norms[-1], foreach=True)
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
     def _update(self, skipped: Tensor) -> None:
         """Step the optimizer unless ``skipped``; fused optimizers decide on the device, others on the host."""

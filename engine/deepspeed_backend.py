@@ -13,10 +13,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -144,15 +145,15 @@ class DeepSpeedBackend:
         self._bad_loss += ~finite
         self._engine.backward(loss * torch.where(finite, 1.0, math.nan))
 
-    def step(self, lr: float) -> StepInfo | None:
-        """Update the weights with base rate ``lr`` when the accumulation window is full."""
+    def step(self, lr: float, part_lrs: Mapping[str, float] = MappingProxyType({})) -> StepInfo | None:
+        """Update the weights with base rate ``lr``, or its part's, when the accumulation window is full."""
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
         bad_loss = distributed.all_reduce_(self._bad_loss, "max") > 0
         self._bad_loss = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = part_lrs.get(group.get("part", ""), lr) * group["lr_scale"]
         scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
         skipped, grad_norm = self._step_checked(scale)
         if self._has_ema:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ def fit(
     plan: RunPlan,
     log: RunLog,
     *,
+    part_schedules: Mapping[str, Schedule] | None = None,
     evaluate: EvaluateFunction | None = None,
     val_loader: Any = None,
     position: Position | None = None,
@@ -85,6 +86,7 @@ def fit(
         schedule: optimizer step of the run → base learning rate.
         plan: epochs, saving, limits.
         log: where lines and files go.
+        part_schedules: base rates of the parameter groups that carry such a ``part``; the others follow ``schedule``.
         evaluate: ``(model, val_loader, epoch) -> {metric: value}``; the best ``plan.best_metric`` keeps its checkpoint.
         val_loader: handed to ``evaluate``.
         position: what ``resume_position`` gave, to go on from there; None starts anew.
@@ -102,7 +104,7 @@ def fit(
     else:
         unfinished = position.epoch - (not position.validated and position.step_in_epoch == 0)
         log.rewind(epoch=unfinished, global_step=position.global_step)
-    run = _Run(backend, loader, loss_fn, schedule, plan, log, evaluate, val_loader)
+    run = _Run(backend, loader, loss_fn, schedule, part_schedules or {}, plan, log, evaluate, val_loader)
     try:
         with stop.listening():
             run.find_checkpoint(position)
@@ -156,12 +158,14 @@ class _Run:
         loader: TrainLoader,
         loss_fn: LossFunction,
         schedule: Schedule,
+        part_schedules: Mapping[str, Schedule],
         plan: RunPlan,
         log: RunLog,
         evaluate: EvaluateFunction | None,
         val_loader: Any,
     ) -> None:
         self.backend, self.loader, self.loss_fn, self.schedule = backend, loader, loss_fn, schedule
+        self.part_schedules = part_schedules
         self.plan, self.log, self.evaluate, self.val_loader = plan, log, evaluate, val_loader
         # ds_numel: of a weight that is divided over the processes just now
         weights = [p for p in backend.unwrapped().parameters() if p.requires_grad]
@@ -223,6 +227,7 @@ class _Run:
     def _take_step(self, position: Position, batches: Iterator[dict[str, Any]], window: StepWindow) -> None:
         """One accumulation window: forward and backward of each micro-batch, then the optimizer."""
         lr = self.schedule(position.global_step)
+        part_lrs = {part: schedule(position.global_step) for part, schedule in self.part_schedules.items()}
         while True:
             waited = time.perf_counter()
             batch = to_device(next(batches), self.backend.device)
@@ -235,7 +240,7 @@ class _Run:
                 losses = compute()
             self.backend.backward(losses["loss"])
             window.add(losses, batch.get("sample_id"))
-            info = self.backend.step(lr)
+            info = self.backend.step(lr, part_lrs)
             if info is not None:
                 window.close_step(position.global_step, lr, info)
                 return
@@ -245,7 +250,7 @@ class _Run:
         steps = window.read()
         fatal = [message for step in steps if (message := self._judge(position, step))]
         groups = self.backend.optimizer.param_groups
-        scales = [group["lr_scale"] for group in groups]
+        scales = [group["lr_scale"] for group in groups if group.get("part", "") not in self.part_schedules]
         weight_decay = max(group["weight_decay"] for group in groups)
         means: dict[str, list[float]] = {}
         for step in steps:
@@ -253,6 +258,7 @@ class _Run:
                 "lr": step.lr * max(scales),
                 "min_lr": step.lr * min(scales),
                 "weight_decay": weight_decay,
+                **{f"lr_{part}": schedule(step.index) for part, schedule in self.part_schedules.items()},
             }
             # step by step, so that the epoch's means do not depend on where the intervals end
             add_finite(means, values)
@@ -344,10 +350,8 @@ class _Run:
 
     def _epoch_row(self, position: Position, metrics: dict[str, float], finished: int) -> dict[str, Any]:
         means = means_of(position.means)
-        row: dict[str, Any] = {
-            f"train_{key}": means.get(key, math.nan)
-            for key in ("lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm")
-        }
+        keys = ["lr", "min_lr", "loss", "loss_scale", "weight_decay", "grad_norm", *(["acc"] if "acc" in means else [])]
+        row: dict[str, Any] = {f"train_{key}": means.get(key, math.nan) for key in keys}
         row |= {f"val_{key}": value for key, value in metrics.items()}
         row["epoch"] = finished
         row["n_parameters"] = self._num_trainable

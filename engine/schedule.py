@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions from the optimizer step to the base rate of that step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.errors import EngineError
 
@@ -78,5 +78,56 @@ def warmup_decay(
         if power is None:
             return base * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
         return end if step > total_steps else (base - end) * (1 - min(progress, 1.0)) ** power + end
+
+    return rate
+
+
+def triangle(base: float, *, warmup_steps: int, total_steps: int) -> Schedule:
+    """Linear up to ``base`` at step ``warmup_steps``, then linear down to 0 at the last step (VL-BERT's ``triangle``).
+
+    As in the original the schedule moves before the optimizer: the very first step has rate base / warmup_steps.
+
+    Args:
+        base: peak rate.
+        warmup_steps: steps of the rise (0 for none).
+        total_steps: of the whole run.
+    """
+    falling = max(1, total_steps - warmup_steps)
+
+    def rate(step: int) -> float:
+        step += 1
+        if step < warmup_steps:
+            return base * (step / warmup_steps)
+        return base * max(0.0, (total_steps - step) / falling)
+
+    return rate
+
+
+def multi_step(
+    base: float,
+    milestones: Sequence[int],
+    factor: float,
+    *,
+    warmup_steps: int = 0,
+    warmup_factor: float = 0.0,
+    constant_warmup: bool = False,
+) -> Schedule:
+    """A rate that is multiplied at each milestone, after a warm-up (VL-BERT's ``step``).
+
+    Args:
+        base: rate before the first milestone.
+        milestones: steps at which the rate changes.
+        factor: what it is multiplied with.
+        warmup_steps: steps of the warm-up (0 for none).
+        warmup_factor: share of the rate in the first step of the warm-up, which rises linearly.
+        constant_warmup: it stays at ``warmup_factor`` instead.
+    """
+
+    def rate(step: int) -> float:
+        share = 1.0
+        if step < warmup_steps:
+            done = 0.0 if constant_warmup else step / warmup_steps
+            share = warmup_factor * (1 - done) + done
+        return base * share * factor ** sum(milestone <= step for milestone in milestones)
 
     return rate

@@ -11,7 +11,8 @@ Letters: B batch, L tokens, D width, H heads, C channels of a head, N layers, A 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,12 @@ PARTS = 3  # of a layer beside its heads: attention output, intermediate, output
 class LayerParts(Protocol):
     """A layer in the four parts that SpotTune chooses between; each takes ``frozen``: which version to run."""
 
-    def contexts(self, tokens: Tensor, mask: Tensor | None, *, frozen: bool) -> Tensor:
-        """(B, L, D) -> (B, H, L, C): what each head gathers."""
+    def projections(self, tokens: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> queries, keys and values, each (B, H, L, C)."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """What each head gathers, (B, H, L, C); has no weights."""
         ...
 
     def attention_output(self, context: Tensor, tokens: Tensor, *, frozen: bool) -> Tensor:
@@ -44,6 +49,7 @@ class LayerParts(Protocol):
 
 
 Layer = Callable[[Tensor, Tensor | None], Tensor]
+Branch = Callable[..., Tensor]  # takes tensors with the batch first, or None
 
 
 # ---- how the layers run ----
@@ -61,7 +67,8 @@ def run_layers(layers: Iterable[Layer], tokens: Tensor, mask: Tensor | None) -> 
 def run_block_drop(layers: Sequence[Layer], tokens: Tensor, mask: Tensor | None, policy: Tensor) -> list[Tensor]:
     """Keep or leave out each layer for each sample: x' = p layer(x) + (1 - p) x.
 
-    Without gradients and with decisions of 0 and 1 a layer runs on the samples that keep it alone: the same outputs.
+    With decisions of 0 and 1 a layer runs on the samples that keep it alone. In training the others go through it too,
+    since the decision's gradient compares both outcomes, but nothing of it is kept or propagated back.
 
     Args:
         layers: N of them.
@@ -70,17 +77,13 @@ def run_block_drop(layers: Sequence[Layer], tokens: Tensor, mask: Tensor | None,
         policy: (B, N), 1 = keep.
     """
     _check_decisions(policy, len(layers))
-    skip = not torch.is_grad_enabled() and bool(((policy == 0) | (policy == 1)).all())
+    rows = _rows_of(policy)
     outputs = []
-    for layer, keep in zip(layers, policy.unbind(1), strict=True):
-        if not skip:
+    for number, (layer, keep) in enumerate(zip(layers, policy.unbind(1), strict=True)):
+        if rows is None:
             tokens = _mix(keep, layer(tokens, mask), tokens)
-        elif bool(keep.all()):
-            tokens = layer(tokens, mask)
-        elif bool(keep.any()):
-            rows = keep.nonzero().squeeze(1)
-            changed = layer(tokens[rows], None if mask is None else mask[rows])
-            tokens = tokens.index_copy(0, rows, changed.to(tokens.dtype))
+        else:
+            tokens = _choose(keep, rows[number], layer, lambda same, _: same, tokens, mask)
         outputs.append(tokens)
     return outputs
 
@@ -96,22 +99,18 @@ def run_spottune_block(
 ) -> list[Tensor]:
     """Choose between each layer and its frozen copy for each sample; policy (B, N), 1 = the trained one.
 
-    Without gradients and with decisions of 0 and 1 each sample goes through one of the two alone.
+    With decisions of 0 and 1 each sample goes through one of the two; in training also through the other one, as in
+    ``run_block_drop``.
     """
     _check_decisions(policy, len(layers))
-    skip = not (reference or torch.is_grad_enabled()) and bool(((policy == 0) | (policy == 1)).all())
+    rows = None if reference else _rows_of(policy)
     outputs = []
-    for layer, frozen, tuned in zip(layers, frozen_layers, policy.unbind(1), strict=True):
-        if skip:
-            changed = torch.empty_like(tokens)
-            for chosen, rows in ((layer, tuned.nonzero().squeeze(1)), (frozen, (tuned == 0).nonzero().squeeze(1))):
-                if len(rows):
-                    part = chosen(tokens[rows], None if mask is None else mask[rows])
-                    changed[rows] = part.to(changed.dtype)
-            tokens = changed
-        else:
+    for number, (layer, frozen, tuned) in enumerate(zip(layers, frozen_layers, policy.unbind(1), strict=True)):
+        if rows is None:
             ours = layer(tokens, mask)
             tokens = _mix(tuned, ours, frozen(ours if reference else tokens, mask))
+        else:
+            tokens = _choose(tuned, rows[number], layer, frozen, tokens, mask)
         outputs.append(tokens)
     return outputs
 
@@ -120,6 +119,9 @@ def run_spottune(
     layers: Sequence[LayerParts], tokens: Tensor, mask: Tensor | None, policy: Tensor, *, reference: bool = False
 ) -> list[Tensor]:
     """Choose between trained and frozen version of each head and part for each sample.
+
+    With decisions of 0 and 1 each sample goes through one version; in training also through the other one, as in
+    ``run_block_drop``.
 
     Args:
         layers: N of them.
@@ -130,28 +132,125 @@ def run_spottune(
     """
     per_layer = policy.shape[1] // max(len(layers), 1)
     _check_decisions(policy, len(layers) * per_layer)
+    rows = _rows_of(policy)
     outputs = []
-    for layer, decisions in zip(layers, policy.split(per_layer, dim=1), strict=True):
-        heads, (attended, wide, narrow) = decisions[:, :-PARTS], decisions[:, -PARTS:].unbind(1)
-        ours = layer.contexts(tokens, mask, frozen=False)
-        if heads.shape[1] != ours.shape[1]:
-            wanted = len(layers) * (ours.shape[1] + PARTS)
-            raise ModelError(f"a policy of {policy.shape[1]} decisions, the encoder takes {wanted}")
-        gate = heads[:, :, None, None]
-        context = gate * ours + (1 - gate) * layer.contexts(tokens, mask, frozen=True)
-        ours = layer.attention_output(context, tokens, frozen=False)
+    for number, (layer, decisions) in enumerate(zip(layers, policy.split(per_layer, dim=1), strict=True)):
+        heads, parts = decisions[:, :-PARTS], decisions[:, -PARTS:].unbind(1)
+        first = (number + 1) * per_layer - PARTS
+        rows_of_parts = [None] * PARTS if rows is None else rows[first : first + PARTS]
+        context = _contexts(layer, tokens, mask, heads, len(layers), hard=rows is not None)
+
+        def part(place: int, run: Branch, *inputs: Tensor, parts=parts, rows=rows_of_parts) -> Tensor:
+            ours, theirs = partial(run, frozen=False), partial(run, frozen=True)
+            if rows[place] is None:
+                return _mix(parts[place], ours(*inputs), theirs(*inputs))
+            return _choose(parts[place], rows[place], ours, theirs, *inputs)
+
         if reference:  # the published code mixes the trained output with itself
-            tokens = _mix(attended, ours, ours)
+            ours = layer.attention_output(context, tokens, frozen=False)
+            tokens = _mix(parts[0], ours, ours)
         else:
-            tokens = _mix(attended, ours, layer.attention_output(context, tokens, frozen=True))
-        widened = _mix(wide, layer.widen(tokens, frozen=False), layer.widen(tokens, frozen=True))
-        tokens = _mix(narrow, layer.narrow(widened, tokens, frozen=False), layer.narrow(widened, tokens, frozen=True))
+            tokens = part(0, layer.attention_output, context, tokens)
+        tokens = part(2, layer.narrow, part(1, layer.widen, tokens), tokens)
         outputs.append(tokens)
     return outputs
 
 
+def _contexts(
+    layer: LayerParts, tokens: Tensor, mask: Tensor | None, heads: Tensor, num_layers: int, *, hard: bool
+) -> Tensor:
+    """What the heads gather, each in its trained or its frozen version: (B, H, L, C)."""
+    ours, theirs = (layer.projections(tokens, frozen=frozen) for frozen in (False, True))
+    if heads.shape[1] != ours[0].shape[1]:
+        wanted = num_layers * (ours[0].shape[1] + PARTS)
+        found = num_layers * (heads.shape[1] + PARTS)
+        raise ModelError(f"a policy of {found} decisions, the encoder takes {wanted}")
+    gate = heads[:, :, None, None]
+    if not hard:
+        gate = gate.to(ours[0].dtype)
+        return gate * layer.attend(*ours, mask) + (1 - gate) * layer.attend(*theirs, mask)
+    tuned = gate.detach() == 1
+    chosen = layer.attend(*(torch.where(tuned, a, b) for a, b in zip(ours, theirs, strict=True)), mask)
+    if not gate.requires_grad:
+        return chosen
+    with torch.no_grad():
+        other = layer.attend(*(torch.where(tuned, b, a) for a, b in zip(ours, theirs, strict=True)), mask)
+        difference = torch.where(tuned, chosen - other, other - chosen)
+    return _Decided.apply(gate, chosen, difference)
+
+
+class _Decided(torch.autograd.Function):
+    """gate * one + (1 - gate) * other for a gate of 0 and 1, of which only the chosen one is propagated back.
+
+    The gradient of the other one would be 0; the gate's is that of the product with ``difference`` = one - other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, chosen: Tensor, difference: Tensor) -> Tensor:
+        ctx.save_for_backward(difference)
+        ctx.gate_shape, ctx.gate_dtype = gate.shape, gate.dtype
+        return chosen.view_as(chosen)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        product = (gradient * difference).to(ctx.gate_dtype)
+        return product.sum_to_size(ctx.gate_shape), gradient, None
+
+
+def _choose(gate: Tensor, rows: tuple[Tensor, Tensor], one: Branch, other: Branch, *inputs: Tensor | None) -> Tensor:
+    """``one`` for the samples in ``rows[0]``, ``other`` for those in ``rows[1]``; gate (B,) says the same, as floats.
+
+    In training each also runs on the other's samples, without a trace in the graph, for the gradient of the gate.
+    """
+    ones, others = rows
+    training = torch.is_grad_enabled()
+    if not training and len(others) == 0:
+        return one(*inputs)
+    if not training and len(ones) == 0:
+        return other(*inputs)
+    taken = [[None if value is None else value[part] for value in inputs] for part in (ones, others)]
+    if not training:
+        return _joined(one(*taken[0]), other(*taken[1]), ones, others)
+    # with no sample of its own a branch still gets gradients, of 0: all processes must have the same ones
+    ours = one(*taken[0]) if len(ones) else None
+    unused = None if len(ones) else one(*(None if value is None else value[:1] for value in inputs))
+    theirs = other(*taken[1]) if len(others) else None
+    with torch.no_grad():
+        differences = []
+        if ours is not None:
+            differences.append(ours - other(*taken[0]))
+        if theirs is not None:
+            differences.append(one(*taken[1]) - theirs)
+    chosen = _joined(ours, theirs, ones, others)
+    if unused is not None:
+        chosen = torch.cat([chosen[:1] + 0 * unused, chosen[1:]])
+    difference = _joined(*differences, ones, others) if len(differences) == 2 else differences[0]
+    return _Decided.apply(gate.reshape(-1, *(1 for _ in chosen.shape[1:])), chosen, difference)
+
+
+def _joined(one: Tensor | None, other: Tensor | None, ones: Tensor, others: Tensor) -> Tensor:
+    """Outputs of two groups of samples in the order of the batch."""
+    if one is None or other is None:
+        return other if one is None else one
+    order = torch.cat([ones, others]).argsort()
+    return torch.cat([one, other.to(one.dtype)])[order]
+
+
+def _rows_of(policy: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """For each decision the samples with 1 and those with 0; None if any is in between. Waits for the device once."""
+    values = policy.detach().cpu()
+    if not bool(((values == 0) | (values == 1)).all()):
+        return None
+    rows = []
+    for column in values.unbind(1):
+        parts = column.nonzero().squeeze(1), (column == 0).nonzero().squeeze(1)
+        rows.append(tuple(part.to(policy.device, non_blocking=True) for part in parts))
+    return rows
+
+
 def _mix(gate: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    gate = gate[:, None, None]
+    gate = gate[:, None, None].to(one.dtype)
     return gate * one + (1 - gate) * other
 
 
@@ -216,7 +315,7 @@ def sample_policy(logits: Tensor, uniform: Tensor | None = None, *, temperature:
         temperature: of the softmax.
 
     Returns:
-        (B, A) of 0 and 1, up to rounding; 1 is the second logit's choice.
+        (B, A) of 0 and 1; 1 is the second logit's choice.
     """
     pairs = logits.float().unflatten(1, (-1, 2))
     if uniform is None:
@@ -224,7 +323,7 @@ def sample_policy(logits: Tensor, uniform: Tensor | None = None, *, temperature:
     noise = -torch.log(-torch.log(uniform + _NOISE_EPS) + _NOISE_EPS)
     soft = ((pairs + noise) / temperature).softmax(dim=-1)
     hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
-    return (hard - soft.detach() + soft)[..., 1]
+    return (hard + (soft - soft.detach()))[..., 1]  # the bracket is exactly 0
 
 
 def decide(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data.image_reader import check_images_exist
-from data.loader import SampleSource, build_eval_loader, build_train_loader
+from data.loader import BatchSampler, SampleSource, build_eval_loader, build_train_loader
 from data.replaced_images import limit_replaced
 from engine import distributed
 from engine.log import say
@@ -35,8 +35,9 @@ def build_loader(
     train: bool,
     device: torch.device,
     done: Collection[int] = (),
+    sampler: BatchSampler | None = None,
 ) -> Any:
-    """Train loader (shuffled) or evaluation loader (every sample once, in order).
+    """Train loader (shuffled, or in the order of ``sampler``) or evaluation loader (every sample once, in order).
 
     An evaluation leaves out the batches whose samples are all in ``done``.
     """
@@ -52,7 +53,13 @@ def build_loader(
     if not train:
         return build_eval_loader(dataset, collate, args.eval_batch_size, done=done, **shared)
     return build_train_loader(
-        dataset, collate, args.batch_size, accumulation_steps=args.update_freq, seed=args.seed, **shared
+        dataset,
+        collate,
+        args.batch_size,
+        accumulation_steps=args.update_freq,
+        seed=args.seed,
+        sampler=sampler,
+        **shared,
     )
 
 

@@ -1,4 +1,4 @@
-"""Pack a folder of box files (JSON with base64, one an image) into arrays that are mapped, not decoded.
+"""Pack box files (JSON with base64, one an image; a folder or a .zip) into arrays that are mapped, not decoded.
 
 python scripts/pack_box_features.py --input boxes/trainval2014 --output regions/trainval2014
 """
@@ -19,7 +19,7 @@ from scripts.program import run
 def build_parser() -> argparse.ArgumentParser:
     """Flags of this program."""
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--input", type=Path, required=True, help="folder of <image number>.json files")
+    p.add_argument("--input", type=Path, required=True, help="folder of <image number>.json files, or its .zip")
     p.add_argument("--output", type=Path, required=True, help="folder to write")
     p.add_argument(
         "--dtype",
@@ -35,13 +35,12 @@ def main(argv: list[str] | None = None) -> None:
     """Read every box file, write the arrays."""
     args = build_parser().parse_args(argv)
 
-    from data.box_features import JSONRegions, pack
+    from data.box_features import open_regions, pack
 
     if (args.output / "regions.json").exists() and not args.overwrite:
         raise DataError(f"--output {args.output} holds packed regions: give --overwrite or another --output")
-    source = JSONRegions(args.input)
-    numbers = [path.stem for path in args.input.glob("*.json")]
-    ids = [int(number) for number in numbers if number.isascii() and number.isdigit()]
+    source = open_regions(args.input)
+    ids = source.image_ids()
     total = pack(source, ids, args.output, dtype=args.dtype, progress=_progress)
     print(f"wrote {total} regions of {len(ids)} images to {args.output}")
 

@@ -56,6 +56,10 @@ class WordPieceTokenizer:
             lines.pop()
         return cls([line.strip() for line in lines], source=str(path))
 
+    def __contains__(self, token: str) -> bool:
+        """Whether the vocabulary has this token."""
+        return token in self._ids
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens."""

@@ -126,16 +126,21 @@ class Layer(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """(B, L, D) -> (B, L, D), the trained version."""
-        attended = self.attention_output(self.contexts(tokens, mask, frozen=False), tokens, frozen=False)
+        context = self.attend(*self.projections(tokens, frozen=False), mask)
+        attended = self.attention_output(context, tokens, frozen=False)
         return self.narrow(self.widen(attended, frozen=False), attended, frozen=False)
 
-    def contexts(self, tokens: Tensor, mask: Tensor | None, *, frozen: bool) -> Tensor:
-        """(B, L, D) -> (B, H, L, C)."""
+    def projections(self, tokens: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> queries, keys, values, (B, H, L, C) each."""
         copy, projections = COPY if frozen else "", self.attention.self
         q, k, v = (
             split_heads(getattr(projections, copy + name)(tokens), self._num_heads)
             for name in ("query", "key", "value")
         )
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, L, C) each -> (B, H, L, C)."""
         return attention(q, k, v, mask=mask, dropout=self._attention_dropout if self.training else 0.0)
 
     def attention_output(self, context: Tensor, tokens: Tensor, *, frozen: bool) -> Tensor:

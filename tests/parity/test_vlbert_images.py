@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from data.vlbert_images import pad_boxes, pad_images, target_size, transform
 from engine.optim import TransformersAdamW
-from engine.schedule import warmup_decay
+from engine.schedule import multi_step, triangle
 from tests.parity.fixture_files import load_fixture
 
 
@@ -38,18 +38,31 @@ def test_sizes_of_the_published_scales():
 
 
 def test_optimizer_under_the_triangle_schedule():
-    """The schedule steps before the optimizer: the first update has the rate of step 1."""
     recording = load_fixture("vlbert_optim.pt")
     config, inputs, outputs = recording["config"], recording["inputs"], recording["outputs"]
     parameters = [torch.nn.Parameter(value.clone()) for value in inputs["params"]]
     groups = [{"params": parameters, "weight_decay": config["weight_decay"]}]
     optimizer = TransformersAdamW(groups, lr=config["lr"], betas=tuple(config["betas"]), eps=config["eps"])
-    rate = warmup_decay(config["lr"], 0.0, warmup_steps=config["warmup_steps"], total_steps=config["t_total"])
+    rate = triangle(config["lr"], warmup_steps=config["warmup_steps"], total_steps=config["t_total"])
     for step, (grads, expected, lr) in enumerate(zip(inputs["grads"], outputs["params"], outputs["lrs"], strict=True)):
-        optimizer.param_groups[0]["lr"] = rate(step + 1)
-        assert rate(step + 1) == pytest.approx(lr, rel=1e-9)
+        optimizer.param_groups[0]["lr"] = rate(step)
+        assert rate(step) == pytest.approx(lr, rel=1e-9)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad.clone()
         optimizer.step()
         for parameter, value in zip(parameters, expected, strict=True):
             assert_close(parameter.detach(), value, atol=1e-6, rtol=0)
+
+
+def test_step_schedule():
+    recording = load_fixture("vlbert_optim.pt")
+    config = recording["config"]["step"]
+    rate = multi_step(
+        config["base_lr"],
+        config["milestones"],
+        config["gamma"],
+        warmup_steps=config["warmup_iters"],
+        warmup_factor=config["warmup_factor"],
+    )
+    for step, expected in enumerate(recording["outputs"]["step_lrs"]):
+        assert rate(step) == pytest.approx(expected, rel=1e-9)

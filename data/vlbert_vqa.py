@@ -1,0 +1,340 @@
+"""VQA v2 and VQA-CP v2 in VL-BERT's folder layout: official files to checked records, and where their regions lie.
+
+Source: the VQA and VQA-CP data sets of VL-BERT and its adaptive fork. Departures: questions and annotations are paired
+by id, not by place; the size of an image comes from its box file where the COCO annotation file is not there.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.box_features import RegionSource, open_regions
+from data.errors import DataError
+from data.files import iterate_jsonl, read_json
+from data.own_vqa import SCHEMA, check_own_row, own_targets
+from data.tokenizers.wordpiece import WordPieceTokenizer, swap_sides
+from data.vlbert_answers import AnswerList
+from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE, check_answers, read_items
+
+VQA, VQA_CP = "vqa", "vqa_cp"
+DATASETS = (VQA, VQA_CP)
+REGION_ROOT = "vgbua_res101_precomputed"
+OWN = "own"  # place of the images of a file of one's own
+_SIZES = {
+    "train2014": "annotations/instances_train2014.json",
+    "val2014": "annotations/instances_val2014.json",
+    "test2015": "annotations/image_info_test2015.json",
+}
+# image sets of VQA v2 → folder of their images
+_VQA_SETS = {
+    "train2014": "train2014",
+    "val2014": "val2014",
+    "minival2014": "val2014",
+    "valminusminival2014": "val2014",
+    "test2015": "test2015",
+    "test-dev2015": "test2015",
+}
+_CP_SETS = {"train": "train", "val": "test"}  # image set → part of the file name
+_UNLABELLED = ("test2015", "test-dev2015")
+
+
+@dataclass(frozen=True, slots=True)
+class VLBertRecord:
+    """One question.
+
+    Attributes:
+        question_id: the data set's own number.
+        image_id: of its image, and of the image's regions.
+        place: folder of the images, such as ``train2014``.
+        image: path of the image relative to the data folder.
+        tokens: word-piece ids of the question.
+        labels: of the known answers; empty where there is none or the split has no answers.
+        scores: in (0, 1], parallel to ``labels``.
+        flipped: (tokens, labels, scores) of the mirrored image, where left or right is spoken of; else None.
+    """
+
+    question_id: int
+    image_id: int
+    place: str
+    image: str
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    scores: tuple[float, ...]
+    flipped: tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as the files have it; ``answers`` is empty where there are none, ``main`` the most common one."""
+
+    question_id: int
+    image_id: int
+    place: str
+    image: str
+    text: str
+    answers: tuple[str, ...] = ()
+    main: str = ""
+
+
+def read_questions(dataset: str, image_sets: str, data_path: str | Path) -> list[Question]:
+    """Questions of one or several image sets, in file order.
+
+    Args:
+        dataset: ``vqa`` or ``vqa_cp``.
+        image_sets: a name, or several joined by ``+``.
+        data_path: folder with ``vqa/`` below it.
+
+    Raises:
+        DataError: an unknown set; missing, broken or contradicting files.
+    """
+    known = _VQA_SETS if dataset == VQA else _CP_SETS
+    questions: list[Question] = []
+    for name in image_sets.split("+"):
+        if name not in known:
+            raise DataError(f"image set {name!r} of {dataset}: choose {', '.join(known)}, or several joined by +")
+        reader = _read_vqa if dataset == VQA else _read_cp
+        questions += reader(name, Path(data_path) / "vqa")
+    return questions
+
+
+def _read_vqa(name: str, folder: Path) -> list[Question]:
+    kinds = {"image_id": int, "question": str, "question_id": int}
+    advice = "give the folder above vqa/ as DATASET.DATASET_PATH"
+    path = folder / QUESTION_FILE.format(name)
+    asked = read_items(path, "questions", kinds, advice=advice)
+    answered = {}
+    if name not in _UNLABELLED:
+        answers_path = folder / ANSWERS_FILE.format(name)
+        kinds = {"question_id": int, "multiple_choice_answer": str, "answers": list}
+        answered = read_items(answers_path, "annotations", kinds, advice=advice)
+        check_answers(asked, path, answered, answers_path)
+    place = _VQA_SETS[name]
+    return [_question(item, answered.get(number), place) for number, item in asked.items()]
+
+
+def _read_cp(name: str, folder: Path) -> list[Question]:
+    kinds = {"image_id": int, "question": str, "question_id": int, "coco_split": str}
+    part = _CP_SETS[name]
+    paths = [folder / f"vqacp_v2_{part}_{what}.json" for what in ("questions", "annotations")]
+    advice = "give the folder above vqa/ as DATASET.DATASET_PATH"
+    asked = read_items(paths[0], "questions", kinds, bare=True, advice=advice)
+    kinds = {"question_id": int, "multiple_choice_answer": str, "answers": list}
+    answered = read_items(paths[1], "annotations", kinds, bare=True, advice=advice)
+    check_answers(asked, paths[0], answered, paths[1])
+    for number, item in asked.items():
+        if item["coco_split"] not in _SIZES:
+            raise DataError(
+                f"{paths[0]}: question {number}: coco_split {item['coco_split']!r:.40} must be {', '.join(_SIZES)}"
+            )
+    return [_question(item, answered[number], item["coco_split"]) for number, item in asked.items()]
+
+
+def _question(item: dict, annotation: dict | None, place: str) -> Question:
+    image_id = item["image_id"]
+    said = () if annotation is None else tuple(answer["answer"] for answer in annotation["answers"])
+    main = "" if annotation is None else annotation["multiple_choice_answer"]
+    image = f"{place}/COCO_{place}_{image_id:012d}.jpg"
+    return Question(item["question_id"], image_id, place, image, item["question"], said, main)
+
+
+def read_own_questions(path: str | Path) -> list[Question]:
+    """Questions of a file of one's own (the schema of ``data/own_vqa.py``); regions are found by the image's number.
+
+    Raises:
+        DataError: a wrong key or type, or an image whose name does not end in a number; the line is named.
+    """
+    questions, seen = [], set()
+    for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
+        image, text, answers, question_id = check_own_row(row, f"{path}:{number}", number=len(questions))
+        digits = re.search(r"(\d+)$", Path(image).stem)
+        if digits is None:
+            raise DataError(
+                f"{path}:{number}: the name of {image} must end in a number, by which its regions are found, as in "
+                "photos/17.jpg"
+            )
+        if question_id in seen:
+            raise DataError(f"{path}:{number}: question_id {question_id} stands twice; ids are unique")
+        seen.add(question_id)
+        questions.append(Question(question_id, int(digits[1]), OWN, image, text, tuple(answers or ())))
+    return questions
+
+
+def make_records(
+    questions: Iterable[Question],
+    tokenizer: WordPieceTokenizer,
+    answers: AnswerList,
+    *,
+    max_words: int,
+) -> list[VLBertRecord]:
+    """Questions to ids and soft labels, as they are and mirrored.
+
+    Args:
+        questions: any.
+        tokenizer: of the model.
+        answers: that the model knows.
+        max_words: word pieces that a question may have: the model's positions less the special ones.
+
+    Raises:
+        DataError: an empty question, or one that is too long.
+    """
+    known: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    shared: dict[tuple, tuple] = {}
+    records = []
+    for question in questions:
+        ids = known.get(question.text)
+        if ids is None:
+            pieces = tokenizer.tokenize(question.text)
+            if not 0 < len(pieces) <= max_words:
+                raise DataError(
+                    f"question {question.question_id} has {len(pieces)} word pieces, 1 to {max_words} are possible: "
+                    f"{question.text!r:.80}"
+                )
+            mirrored = pieces
+            if not {"left", "right"}.isdisjoint(pieces):
+                mirrored = [piece if piece in tokenizer else "[UNK]" for piece in swap_sides(pieces)]
+            ids = known[question.text] = tuple(tokenizer.to_ids(pieces)), tuple(tokenizer.to_ids(mirrored))
+        labelled = _labels(question, answers)
+        turned = tuple(" ".join(swap_sides(said.split(" "))) for said in question.answers)
+        mirrored_labels = labelled if turned == question.answers else _labels(question, answers, turned)
+        flipped = (ids[1], *mirrored_labels)
+        plain = (ids[0], *labelled)
+        plain, flipped = (shared.setdefault(values, values) for values in (plain, flipped))
+        records.append(
+            VLBertRecord(
+                question.question_id,
+                question.image_id,
+                question.place,
+                question.image,
+                *plain,
+                None if flipped == plain else flipped,
+            )
+        )
+    return records
+
+
+def _labels(
+    question: Question, answers: AnswerList, said: tuple[str, ...] | None = None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    said = question.answers if said is None else said
+    if question.place == OWN and said:  # any number of people, answers compared after normalisation
+        labels, scores = own_targets(list(said), answers)
+        return tuple(labels), tuple(scores)
+    return answers.soft_labels(said)
+
+
+class RegionPlaces:
+    """Regions and image sizes of all places (folders of images) of a data set."""
+
+    def __init__(self, sources: dict[str, RegionSource], data_path: str | Path, *, coco_sizes: bool = True) -> None:
+        """Read the sizes of COCO's annotation files, where they are.
+
+        Args:
+            sources: place → regions of its images.
+            data_path: folder with ``annotations/`` below it.
+            coco_sizes: whether to look for them.
+
+        Raises:
+            DataError: such a file is broken.
+        """
+        self.sources = sources
+        self._sizes = {
+            place: _read_sizes(Path(data_path) / _SIZES[place])
+            for place in sources
+            if coco_sizes and place in _SIZES and (Path(data_path) / _SIZES[place]).is_file()
+        }
+
+    def check(self, records: Iterable[VLBertRecord]) -> None:
+        """Every image has regions, and a size where sizes are known.
+
+        Raises:
+            DataError: with the number of images that lack them, and the first few.
+        """
+        wanted: dict[str, set[int]] = {}
+        for record in records:
+            wanted.setdefault(record.place, set()).add(record.image_id)
+        for place, images in wanted.items():
+            for what, known in (("box file", self.sources[place].image_ids()), ("size", self._sizes.get(place))):
+                missing = () if known is None else sorted(images - set(known))
+                if missing:
+                    raise DataError(
+                        f"{len(missing)} of {len(images)} images of {place} have no {what}, the first: "
+                        f"{', '.join(map(str, missing[:5]))}; see docs/datasets.md for the files that are needed"
+                    )
+
+    def size(self, record: VLBertRecord, own: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of the image: COCO's, else those of its box file."""
+        sizes = self._sizes.get(record.place)
+        return own if sizes is None else sizes[record.image_id]
+
+    def is_wide(self, records: Iterable[VLBertRecord]) -> list[int]:
+        """1 for every record whose image is at least as wide as high, else 0.
+
+        Raises:
+            DataError: sizes are not at hand without reading every box file.
+        """
+        sizes = {}
+        for place, source in self.sources.items():
+            sizes[place] = self._sizes.get(place) or source.sizes()
+            if sizes[place] is None:
+                raise DataError(
+                    f"ASPECT_GROUPING needs the sizes of the images of {place}: put COCO's {_SIZES.get(place, 'file')} "
+                    "into the data folder, or pack the boxes by scripts/pack_box_features.py"
+                )
+        return [int(width >= height) for width, height in (sizes[r.place][r.image_id] for r in records)]
+
+
+def find_regions(
+    places: Iterable[str], data_path: str | Path, *, boxes: str, dataset: str, zipped: bool, given: str | None
+) -> dict[str, RegionSource]:
+    """Where the regions of each place lie: ``<name>.packed`` first, then the folder ``<name>``, or ``<name>.zip``.
+
+    Args:
+        places: of the records.
+        data_path: the data folder.
+        boxes: ``10-100ada`` or ``36``.
+        dataset: ``vqa`` or ``vqa_cp``, whose folders of 36 boxes differ in name.
+        zipped: read the zip archives (``ZIP_MODE``).
+        given: one folder, packed folder or archive for all places.
+
+    Raises:
+        DataError: there is none, or it is broken.
+    """
+    found: dict[str, RegionSource] = {}
+    opened: dict[Path, RegionSource] = {}
+    for place in sorted(set(places)):
+        if given:
+            path = Path(given)
+        elif place == OWN:
+            raise DataError("regions of your own images: give them as --regions FOLDER")
+        else:
+            name = _region_folder(place, boxes, dataset)
+            path = Path(data_path) / REGION_ROOT / name
+            packed = path.with_name(f"{name}.packed")
+            path = packed if packed.is_dir() and not zipped else path.with_name(f"{name}.zip") if zipped else path
+        if path not in opened:
+            opened[path] = open_regions(path)
+        found[place] = opened[path]
+    return found
+
+
+def _region_folder(place: str, boxes: str, dataset: str) -> str:
+    test = place == "test2015"
+    if boxes == "10-100ada":
+        return f"{'test2015' if test else 'trainval2014'}_resnet101_faster_rcnn_genome"
+    if boxes == "36":
+        train = "trainval2014" if dataset == VQA_CP else "trainval"
+        return f"{'test2015' if test else train}_resnet101_faster_rcnn_genome_36"
+    raise DataError(f'DATASET.BOXES {boxes!r:.40}: choose "10-100ada" or "36"')
+
+
+def _read_sizes(path: Path) -> dict[int, tuple[int, int]]:
+    content = read_json(path)
+    images = content.get("images") if isinstance(content, dict) else None
+    try:
+        sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+        if all(type(side) is int and side > 0 for size in sizes.values() for side in size):
+            return sizes
+    except (TypeError, KeyError):
+        pass
+    raise DataError(f'{path}: needs "images", each with id, width and height: give COCO\'s own file')
