@@ -73,7 +73,7 @@ class VLBertDataset:
             found = self._regions.sources[record.place].regions(record.image_id)
             image = None if self._load_image is None else self._load_image(record)
             size = self._regions.size(record, found.size)
-            sized = transform(torch.from_numpy(found.boxes), size, image, flip=flip, scales=self._scales)
+            sized = transform(torch.from_numpy(found.boxes.copy()), size, image, flip=flip, scales=self._scales)
         except DataError as error:
             raise DataError(f"sample {index} (question {record.question_id}): {error}") from None
         boxes = sized.boxes

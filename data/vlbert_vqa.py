@@ -21,7 +21,7 @@ VQA, VQA_CP = "vqa", "vqa_cp"
 DATASETS = (VQA, VQA_CP)
 REGION_ROOT = "vgbua_res101_precomputed"
 OWN = "own"  # place of the images of a file of one's own
-_SIZES = {
+SIZE_FILES = {
     "train2014": "annotations/instances_train2014.json",
     "val2014": "annotations/instances_val2014.json",
     "test2015": "annotations/image_info_test2015.json",
@@ -123,9 +123,9 @@ def _read_cp(name: str, folder: Path) -> list[Question]:
     answered = read_items(paths[1], "annotations", kinds, bare=True, advice=advice)
     check_answers(asked, paths[0], answered, paths[1])
     for number, item in asked.items():
-        if item["coco_split"] not in _SIZES:
+        if item["coco_split"] not in SIZE_FILES:
             raise DataError(
-                f"{paths[0]}: question {number}: coco_split {item['coco_split']!r:.40} must be {', '.join(_SIZES)}"
+                f"{paths[0]}: question {number}: coco_split {item['coco_split']!r:.40} must be {', '.join(SIZE_FILES)}"
             )
     return [_question(item, answered[number], item["coco_split"]) for number, item in asked.items()]
 
@@ -239,9 +239,9 @@ class RegionPlaces:
         """
         self.sources = sources
         self._sizes = {
-            place: _read_sizes(Path(data_path) / _SIZES[place])
+            place: _read_sizes(Path(data_path) / SIZE_FILES[place])
             for place in sources
-            if coco_sizes and place in _SIZES and (Path(data_path) / _SIZES[place]).is_file()
+            if coco_sizes and place in SIZE_FILES and (Path(data_path) / SIZE_FILES[place]).is_file()
         }
 
     def check(self, records: Iterable[VLBertRecord]) -> None:
@@ -277,9 +277,10 @@ class RegionPlaces:
         for place, source in self.sources.items():
             sizes[place] = self._sizes.get(place) or source.sizes()
             if sizes[place] is None:
+                file = SIZE_FILES.get(place, "file of sizes")
                 raise DataError(
-                    f"ASPECT_GROUPING needs the sizes of the images of {place}: put COCO's {_SIZES.get(place, 'file')} "
-                    "into the data folder, or pack the boxes by scripts/pack_box_features.py"
+                    f"ASPECT_GROUPING needs the sizes of the images of {place}: put COCO's {file} into the data "
+                    "folder, or pack the boxes by scripts/pack_box_features.py"
                 )
         return [int(width >= height) for width, height in (sizes[r.place][r.image_id] for r in records)]
 
@@ -308,7 +309,7 @@ def find_regions(
         elif place == OWN:
             raise DataError("regions of your own images: give them as --regions FOLDER")
         else:
-            name = _region_folder(place, boxes, dataset)
+            name = region_folder(place, boxes, dataset)
             path = Path(data_path) / REGION_ROOT / name
             packed = path.with_name(f"{name}.packed")
             path = packed if packed.is_dir() and not zipped else path.with_name(f"{name}.zip") if zipped else path
@@ -318,7 +319,8 @@ def find_regions(
     return found
 
 
-def _region_folder(place: str, boxes: str, dataset: str) -> str:
+def region_folder(place: str, boxes: str, dataset: str = VQA) -> str:
+    """Name of the folder of a place's box files."""
     test = place == "test2015"
     if boxes == "10-100ada":
         return f"{'test2015' if test else 'trainval2014'}_resnet101_faster_rcnn_genome"

@@ -1,6 +1,8 @@
 """The backend of a run from its flags; shared by the training programs."""
 
 import argparse
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +21,13 @@ def build_backend(
     device: torch.device,
     dtype: torch.dtype | None,
     deepspeed_file: dict[str, Any] | None,
+    *,
+    clip_parts: Mapping[str, float | None] = MappingProxyType({}),
 ) -> tuple[Backend, dict[str, Any]]:
-    """What takes the steps: plain torch, or DeepSpeed when it is asked for; and the settings of DeepSpeed."""
+    """What takes the steps: plain torch, or DeepSpeed when it is asked for; and the settings of DeepSpeed.
+
+    ``clip_parts`` as in ``TorchBackend``; DeepSpeed clips everything together.
+    """
     ema = None
     if args.model_ema:
         ema = ModelEMA(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -32,10 +39,13 @@ def build_backend(
             autocast_dtype=dtype,
             accumulation_steps=args.update_freq,
             clip_grad=args.clip_grad,
+            clip_parts=clip_parts,
             ema=ema,
             initial_loss_scale=2.0**args.initial_scale_power,
         )
         return backend, {}
+    if set(clip_parts.values()) - {args.clip_grad}:
+        say(f"note: DeepSpeed clips all gradients together, to {args.clip_grad}")
     from engine.deepspeed_backend import DeepSpeedBackend  # seconds to import
 
     config, notices = resolve_config(

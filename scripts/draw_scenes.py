@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_val", type=int, default=300, help="val images (default: 300)")
     parser.add_argument("--num_test", type=int, default=300, help="test images (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (default: 0)")
+    parser.add_argument(
+        "--regions",
+        action="store_true",
+        help="with layout vqav2: also boxes with features, and a vocabulary",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier drawing with other settings")
     return parser
 
@@ -57,7 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     _check_output(args.output)
     settings = {name: getattr(args, name) for name in ("num_train", "num_val", "num_test", "seed")}
     sizes = {"train2014": args.num_train, "val2014": args.num_val, "test2015": args.num_test}
+    if args.regions:
+        settings["regions"] = True
     if args.layout == "captions":
+        if args.regions:
+            raise DataError("--regions goes with --layout vqav2")
         settings["layout"] = args.layout
         in_both = args.num_val + args.num_test
         sizes |= {"val2014": in_both + int(RESTVAL_SHARE * args.num_train), "test2015": in_both}
@@ -75,6 +84,10 @@ def main(argv: list[str] | None = None) -> None:
             write_drawn_captions(args.output, images, args.seed, num_val=args.num_val, num_test=args.num_test)
         else:
             write_drawn_vqav2(args.output, images, seed=args.seed)
+        if args.regions:
+            from data.drawn_regions import write_drawn_regions
+
+            write_drawn_regions(args.output, images, seed=args.seed)
         _write_settings(args.output, settings, complete=True)
         print(f"drew {_described(settings)} into {args.output} in {time.perf_counter() - start:.1f} s")
     if args.layout == "vqav2":
@@ -117,7 +130,8 @@ def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:
             f"{folder} holds another drawing ({_described(earlier)}): "
             "give another --output, or --overwrite to replace it"
         )
-    drawn = ("*20*/COCO_*_*.jpg", "vqa/*", "val/*.jpg", "test/*.jpg", "dataset_coco.json", "nocaps_*.json")
+    drawn = ("vgbua_res101_precomputed/*/*.json", "annotations/*.json", "bert_drawn/vocab.txt")
+    drawn += ("*20*/COCO_*_*.jpg", "vqa/*", "val/*.jpg", "test/*.jpg", "dataset_coco.json", "nocaps_*.json")
     index = ("*.jsonl", "*.tokenizer.json", "answer2label.txt")  # of the pictures that go
     for pattern in (*drawn, *index):
         for old in folder.glob(pattern):
@@ -132,7 +146,8 @@ def _write_settings(folder: Path, settings: dict, complete: bool) -> None:
 def _described(settings: dict) -> str:
     sizes = " + ".join(f"{settings.get(f'num_{split}')} {split}" for split in ("train", "val", "test"))
     layout = f", layout {settings['layout']}" if "layout" in settings else ""
-    return f"{sizes} images, seed {settings.get('seed')}{layout}"
+    regions = ", with regions" if settings.get("regions") else ""
+    return f"{sizes} images, seed {settings.get('seed')}{layout}{regions}"
 
 
 def _print_answers(annotations: list[dict]) -> None:

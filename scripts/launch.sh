@@ -49,6 +49,7 @@ parser_of() {
     case ${1##*/} in
         run_beit3_finetuning.py) echo scripts.beit3_args ;;
         run_vle_vqa.py) echo scripts.vle_args ;;
+        train_end2end.py) echo scripts.vlbert_args ;;
     esac
 }
 

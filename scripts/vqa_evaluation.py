@@ -27,6 +27,7 @@ from scripts.evaluation_files import clear_temporaries
 
 NUM_TOP_ANSWERS = 5
 Forward = Callable[[nn.Module, dict[str, Any]], Tensor]  # (model, batch) → (B, answers) logits
+Observe = Callable[[dict[str, Any]], None]
 Probabilities = Callable[[Tensor], Tensor]  # (..., answers) logits → the same shape
 
 
@@ -38,16 +39,21 @@ def evaluate(
     forward: Forward,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
+    observe: Observe = lambda batch: None,
 ) -> dict[str, float]:
-    """Validation: ``score`` = 100 x mean over questions of the target score of the best answer (any ``epoch``)."""
+    """Validation: ``score`` = 100 x mean over questions of the target score of the best answer (any ``epoch``).
+
+    ``observe`` sees every batch once, after ``forward`` has had it.
+    """
     sums = {"score": 0.0, "questions": 0.0, "replaced": 0.0}
     batches = forward_batches(
         model, loader, forward, device=device, autocast=autocast, total=len(loader), description="validating"
     )
     for batch, logits in batches:
-        sums["score"] += float(_target_scores(logits, batch["targets"]).sum())
+        sums["score"] += float(target_scores(logits, batch["targets"]).sum())
         sums["questions"] += len(logits)
         sums["replaced"] += batch["images_replaced"]
+        observe(batch)
     total = sum_over_processes(sums)
     loaders.warn_of_replaced(total["replaced"])
     if total["questions"] != loader.num_samples:
@@ -55,7 +61,8 @@ def evaluate(
     return {"score": 100 * total["score"] / total["questions"]}
 
 
-def _target_scores(logits: Tensor, targets: Tensor) -> Tensor:
+def target_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """(B,) target score of the best answer of each question."""
     return targets.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
@@ -68,8 +75,11 @@ def predict(
     probabilities: Probabilities = torch.sigmoid,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
+    observe: Observe = lambda batch: None,
 ) -> dict[int, dict[str, Any]]:
     """Question id → {"top": [[label, probability], …], "score": target score of the first}, those found included.
+
+    ``observe`` sees every batch once, after ``forward`` has had it.
 
     Raises:
         RunError: an answer is not a finite number.
@@ -80,7 +90,7 @@ def predict(
     )
     for batch, logits in batches:
         top = probabilities(logits.float()).topk(min(NUM_TOP_ANSWERS, logits.shape[1]), dim=1)
-        scores = _target_scores(logits, batch["targets"])
+        scores = target_scores(logits, batch["targets"])
         rows = zip(batch["question_id"], top.indices.tolist(), top.values.tolist(), scores.tolist(), strict=True)
         answers = {}
         for question_id, labels, values, score in rows:
@@ -91,6 +101,7 @@ def predict(
                 )
             answers[question_id] = {"top": list(map(list, zip(labels, values, strict=True))), "score": score}
         replaced += batch["images_replaced"]
+        observe(batch)
         # after a stop somebody may have mended the images; and whatever counts them sees all of them again
         kept.add(answers, keep=not batch["images_replaced"])
     loaders.warn_of_replaced(sum_over_processes({"replaced": float(replaced)})["replaced"])
@@ -104,10 +115,16 @@ def write_results(
     predictions: dict[int, dict[str, Any]],
     answers: AnswerVocabulary,
     annotations: list[dict[str, Any]] | None,
+    *,
+    submission_name: str | None = None,
 ) -> None:
-    """The three files of an evaluation; scores are printed as well."""
+    """The three files of an evaluation; scores are printed as well.
+
+    The evaluation server's file is ``submit_<name>.json`` unless it is given another name.
+    """
     output = Path(args.output_dir)
-    submission, top_file = output / f"submit_{name}.json", output / f"top_answers_{name}.jsonl"
+    submission = output / (submission_name or f"submit_{name}.json")
+    top_file = output / f"top_answers_{name}.jsonl"
     result_file = output / f"result_{name}.json"
     clear_temporaries(submission, top_file, result_file)
     chosen = {question_id: answers[row["top"][0][0]] for question_id, row in predictions.items()}

@@ -168,7 +168,7 @@ def _during_prune(occasion: int, happening: Happening) -> None:
 
 def _during_evaluation(occasion: int, happening: Happening) -> None:
     countdown = _Countdown(occasion, happening)
-    _wrap(vqa_evaluation, "_target_scores", after=lambda *_, **__: countdown())
+    _wrap(vqa_evaluation, "target_scores", after=lambda *_, **__: countdown())
 
 
 def _during_dump(occasion: int, happening: Happening) -> None:

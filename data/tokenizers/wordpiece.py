@@ -3,6 +3,7 @@
 Source: the tokenizer of BERT (Devlin et al. 2019) as VL-BERT uses it.
 """
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
@@ -59,6 +60,11 @@ class WordPieceTokenizer:
     def __contains__(self, token: str) -> bool:
         """Whether the vocabulary has this token."""
         return token in self._ids
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary."""
+        return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -43,6 +43,7 @@ class VLBertForVQA(nn.Module):
         classifier_dropout: float = 0.1,
         special_ids: SpecialIds | None = None,
         regions: nn.Module | None = None,
+        grounding: bool = True,
     ) -> None:
         """Build it with random weights.
 
@@ -54,8 +55,10 @@ class VLBertForVQA(nn.Module):
             classifier_dropout: of the classifier.
             special_ids: of the vocabulary; those of bert-base-uncased if None.
             regions: what makes region vectors; from precomputed features if None.
+            grounding: whether words see the whole image.
         """
         super().__init__()
+        self._grounding = grounding
         self.config = config
         self.special_ids = special_ids or SpecialIds()
         self.image_feature_extractor = regions or PrecomputedRegions(config.visual_size)
@@ -94,10 +97,11 @@ class VLBertForVQA(nn.Module):
         else:
             vectors = self.image_feature_extractor(image, boxes[..., :4], sizes[:, :2], mask)
         text_ids, types, text_mask, answer_place = self._text(question)
+        seen = vectors[:, :1].expand(-1, text_ids.shape[1], -1)
         encoded = self.vlbert(
             text_ids,
             types,
-            vectors[:, :1].expand(-1, text_ids.shape[1], -1),  # every word sees the whole image
+            seen if self._grounding else torch.zeros_like(seen),
             text_mask,
             vectors,
             self.object_linguistic_embeddings.weight.expand(*mask.shape, -1),

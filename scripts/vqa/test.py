@@ -1,0 +1,60 @@
+"""Predict with a VL-BERT checkpoint of any strategy: the evaluation server's file, and scores where labels are known.
+
+    python scripts/vqa/test.py cfgs/vqa/base_4X16G_fp32.yaml output
+    python scripts/vqa/test.py --cfg cfgs/vqa/base_4X16G_fp32.yaml --ckpt vl-bert-best.model --split test-dev2015
+
+Checkpoints of ours and of the original are read by their key names.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from functools import partial
+
+from scripts.program import hide_interrupts, run
+from scripts.vlbert_args import parse_test_args
+
+if __name__ == "__main__":
+    hide_interrupts()
+    parse_test_args()  # --help and mistakes answer at once, before torch is imported
+
+import torch
+
+from data.errors import DataError
+from engine import distributed, stop
+from engine.backend import resolve_precision
+from engine.log import say
+from engine.run_folder import prepare_run_folder
+from scripts import vlbert_vqa
+from scripts.vlbert_model import Vocabularies, build_network, load_tokenizer, load_trained_weights
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load, predict, write."""
+    args = parse_test_args(argv)
+    device = distributed.init(args.device, timeout_s=args.dist_timeout)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    dtype = resolve_precision(args.amp, device)
+    for note in args.notes:
+        say(f"note: {note}")
+    if not Path(args.finetune).exists():
+        raise DataError(f"no checkpoint at {args.finetune}: give one as --ckpt, or train with this config first")
+    folder = Path(args.finetune) if Path(args.finetune).is_dir() else None
+    answers = vlbert_vqa.load_answers(args, [], folder)
+    words = Vocabularies(load_tokenizer(args.config, folder), answers)
+    model = build_network(args.config, len(answers), words.tokenizer, reference=args.reference_behaviour)
+    load_trained_weights(model, args.finetune)
+    if not args.dry_run:
+        prepare_run_folder(Path(args.output_dir), resume="", auto_resume=args.auto_resume, training=False)
+    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
+    with stop.listening():
+        vlbert_vqa.run_prediction(args, model.to(device), words, device=device, autocast=autocast)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run(main)

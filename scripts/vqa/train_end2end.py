@@ -1,0 +1,219 @@
+"""Fine-tune VL-BERT on VQA v2 or VQA-CP v2, with one of the fine-tuning strategies.
+
+    ./scripts/dist_run_single.sh 4 vqa/train_end2end.py cfgs/vqa/base_4X16G_fp32.yaml output
+    ./scripts/nondist_run.sh vqa/train_end2end.py cfgs/vqa/base_spottune.yaml output
+
+Read it from top to bottom; keys of the config stand in scripts/vlbert_config.py, flags in scripts/vlbert_args.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import argparse
+import json
+from functools import partial
+
+from scripts.program import hide_interrupts, run
+from scripts.vlbert_args import parse_args, schedule_steps
+
+if __name__ == "__main__":
+    hide_interrupts()
+    parse_args()  # --help and mistakes answer at once, before torch is imported
+
+import torch
+
+from engine import distributed, stop
+from engine.backend import resolve_precision
+from engine.checkpoint import BEST
+from engine.errors import EngineError
+from engine.log import RunLog, predicted_time, say
+from engine.loop import RunPlan, fit, resume_position
+from engine.optim import build_optimizer, describe_groups
+from engine.run_folder import prepare_run_folder
+from engine.schedule import Schedule, multi_step, triangle
+from models.vlbert.adaptive_vqa import AdaptiveVQA
+from scripts import vlbert_vqa
+from scripts.backends import build_backend
+from scripts.vlbert_config import as_yaml
+from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_first_weights, load_tokenizer
+from scripts.vlbert_optim import POLICY_PART, vlbert_parameter_groups
+from scripts.wandb_log import WandbLog
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start, build network and policy, train."""
+    args = parse_args(argv)
+
+    # ---- 1. processes, device, seed ----
+    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
+    torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    dtype = resolve_precision(args.amp, device)
+    for note in args.notes:
+        say(f"note: {note}")
+    output_dir = None if args.dry_run else Path(args.output_dir)
+    resume_from = None
+    if output_dir is not None:
+        resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
+
+    # ---- 2. words and answers, network and policy, first weights ----
+    questions = vlbert_vqa.training_questions(args)
+    words = Vocabularies(load_tokenizer(args.config), vlbert_vqa.load_answers(args, questions))
+    model = build_network(args.config, len(words.answers), words.tokenizer, reference=args.reference_behaviour)
+    if resume_from is None:  # a resumed run has its own, frozen copies and policy included
+        load_first_weights(model, args, words)
+    model.to(device)
+    torch.manual_seed(args.seed + distributed.rank())
+
+    # ---- 3. data ----
+    train_loader, val_loader = vlbert_vqa.train_and_val_loaders(args, questions, words, device=device)
+    del questions
+    steps_per_epoch = train_loader.steps_per_epoch
+    total_steps = steps_per_epoch * args.config["TRAIN"]["END_EPOCH"]
+
+    # ---- 4. optimizer, schedules, backend: the policy has its own rate, schedule and clipping ----
+    train, policy = args.config["TRAIN"], args.config["POLICY"]
+    scale = train_loader.samples_per_step if args.lr is None else args.lr / (train["LR"] or 1.0)
+    lr, policy_lr = train["LR"] * scale, policy["LR"] * scale
+    groups = vlbert_parameter_groups(
+        model.named_parameters(), weight_decay=train["WD"], policy_weight_decay=policy["WD"]
+    )
+    kind = "transformers_adamw" if args.reference_adamw else train["OPTIMIZER"].lower()
+    optimizer = build_optimizer(kind, groups, lr=lr, eps=1e-6)
+    schedule = build_schedule(train, lr, steps_per_epoch, total_steps)
+    part_schedules, clip_parts = {}, {}
+    if model.policy is not None:
+        part_schedules[POLICY_PART] = build_schedule(policy, policy_lr, steps_per_epoch, total_steps)
+        clip_parts[POLICY_PART] = policy["CLIP_GRAD_NORM"] if policy["CLIP_GRAD_NORM"] > 0 else None
+        if policy["OPTIMIZER"] != train["OPTIMIZER"]:
+            raise EngineError(
+                f"POLICY.OPTIMIZER {policy['OPTIMIZER']} beside TRAIN.OPTIMIZER {train['OPTIMIZER']}: both networks "
+                "share one optimizer here, make them equal"
+            )
+    backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, None, clip_parts=clip_parts)
+
+    # ---- 5. the plan, said once ----
+    facts = {
+        **count_parameters(model),
+        "strategy": args.config["FINETUNE_STRATEGY"],
+        "answers": len(words.answers),
+        "samples_per_step": train_loader.samples_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": total_steps,
+        "effective_lr": lr,
+        **({"effective_policy_lr": policy_lr} if model.policy is not None else {}),
+        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "parameter_groups": describe_groups(groups, lr),
+        **deepspeed_facts,
+    }
+    say(json.dumps(facts, indent=2))
+    # a checkpoint that does not fit ends the run here, before anything of the run before is touched
+    position = None if resume_from is None else resume_position(backend, train_loader, resume_from)
+    log = open_log(args, output_dir)
+    log.write_run({key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")}, facts)
+    plan = RunPlan(
+        epochs=train["END_EPOCH"],
+        output_dir=output_dir,
+        save_every_epochs=args.config["CHECKPOINT_FREQUENT"] if args.save_ckpt else 0,
+        save_every_steps=args.save_ckpt_steps if args.save_ckpt else 0,
+        keep_checkpoints=args.keep_ckpts,
+        max_steps=2 if args.dry_run else args.max_steps,
+        log_every=1 if args.dry_run else args.log_every,
+        max_nonfinite=args.max_nonfinite,
+        best_metric=vlbert_vqa.BEST_METRIC,
+        checkpoint_files={**words.files(), CONFIG: as_yaml(args.config)},
+    )
+
+    # ---- 6. train ----
+    validate = None
+    if val_loader is not None and not args.dry_run:
+        validate = vlbert_vqa.validation(
+            args.config, output_dir=output_dir, log=log, device=device, autocast=backend.autocast
+        )
+    position = fit(
+        backend,
+        train_loader,
+        vlbert_vqa.training_loss(args.config, model, steps_per_epoch),
+        schedule,
+        plan,
+        log,
+        part_schedules=part_schedules,
+        evaluate=validate,
+        val_loader=val_loader,
+        position=position,
+    )
+    if args.dry_run:
+        say(predicted_time(total_steps, log.seconds_per_step, device))
+        say("dry run: two steps taken, nothing written")
+    else:
+        best = "" if position.best is None else f"; best soft accuracy {position.best:.2f}"
+        say(f"done after {position.global_step} steps{best}; results in {output_dir}")
+        if args.do_test:
+            test_best(args, backend.unwrapped(), words, device, output_dir)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def build_schedule(settings: dict, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The rate over the steps, from the TRAIN or the POLICY section."""
+    warmup_steps = settings["WARMUP_STEPS"] if settings["WARMUP"] else 0
+    if settings["LR_SCHEDULE"] == "triangle":
+        return triangle(lr, warmup_steps=warmup_steps, total_steps=total_steps)
+    return multi_step(
+        lr,
+        schedule_steps(settings, steps_per_epoch),
+        settings["LR_FACTOR"],
+        warmup_steps=warmup_steps,
+        warmup_factor=settings["WARMUP_FACTOR"],
+        constant_warmup=settings["WARMUP_METHOD"] == "constant",
+    )
+
+
+def count_parameters(model: AdaptiveVQA) -> dict[str, int]:
+    """Trained and frozen ones of the network, and those of its policy."""
+    own = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters() if not name.startswith("policy.")]
+    found = {
+        "parameters_trained": sum(number for _, number, trained in own if trained),
+        "parameters_frozen": sum(number for _, number, trained in own if not trained),
+    }
+    if model.policy is not None:
+        found["parameters_policy"] = sum(parameter.numel() for parameter in model.policy.parameters())
+    return found
+
+
+def open_log(args: argparse.Namespace, output_dir: Path | None) -> RunLog:
+    """The logs that the flags ask for."""
+    board = None
+    if output_dir is not None and (args.tensorboard or args.log_dir):
+        board = Path(args.log_dir) if args.log_dir else output_dir / "tensorboard_logs"
+    if args.wandb:
+        return WandbLog(output_dir, board, name=args.config["VERSION"] or args.config_name, settings=args.config)
+    return RunLog(output_dir, board)
+
+
+def test_best(
+    args: argparse.Namespace, model: AdaptiveVQA, words: Vocabularies, device: torch.device, output_dir: Path
+) -> None:
+    """Predict TEST_IMAGE_SET with the best checkpoint, as scripts/vqa/test.py does."""
+    from scripts.vlbert_model import load_trained_weights
+
+    best = output_dir / BEST
+    if not distributed.broadcast_object(best.is_dir()):
+        say(f"no prediction: there is no {best}")
+        return
+    load_trained_weights(model, best)
+    args.eval_split, args.finetune = args.config["DATASET"]["TEST_IMAGE_SET"], str(best)
+    args.output_dir, args.annotations, args.result_name = str(output_dir / "test"), None, None
+    if distributed.is_main():
+        Path(args.output_dir).mkdir(exist_ok=True)
+    distributed.barrier()
+    dtype = resolve_precision(args.amp, device)
+    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
+    with stop.listening():
+        vlbert_vqa.run_prediction(args, model, words, device=device, autocast=autocast)
+
+
+if __name__ == "__main__":
+    run(main)
