@@ -284,7 +284,7 @@ def validation(
                 if hasattr(log, "picture"):
                     log.picture(f"{strategy} Finetuning Fraction: {mode}", folder / f"{usage.stem}.png")
             write_usage_page(folder, title=f"{strategy}: what the policy chose")
-        return metrics | {f"{mode}_decisions": usage.mean_used for mode, usage in usages.items()}
+        return metrics | {"decisions": usages["val"].mean_used}
 
     return validate
 
@@ -307,7 +307,7 @@ def run_prediction(
         records = records[: 2 * args.eval_batch_size * distributed.world_size()]
     split = Path(args.eval_split).stem
     say(f"{split}: {len(records)} questions")
-    name = f"{args.result_name or args.config_name}_{args.task.replace('vqa', 'vqa2', 1)}_{split}"
+    name = f"{args.result_name or args.config_name}_{args.task}2_{split}"
     ids = [record.question_id for record in records]
     kept = open_partial_results(
         args,

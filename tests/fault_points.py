@@ -24,11 +24,18 @@ TEMPORARY = engine.checkpoint.TEMPORARY
 Happening = Callable[[], None]
 
 
-def run_with_fault(argv: list[str], place: str = "", rank: int = 0, occasion: int = 1, happening: str = "kill") -> None:
-    """The fine-tuning program; on process ``rank`` something happens at the ``occasion``-th passage of ``place``."""
+def run_with_fault(
+    argv: list[str],
+    place: str = "",
+    rank: int = 0,
+    occasion: int = 1,
+    happening: str = "kill",
+    main: Callable[[list[str]], None] = run_beit3_finetuning.main,
+) -> None:
+    """A training program; on process ``rank`` something happens at the ``occasion``-th passage of ``place``."""
     if place and int(os.environ.get("RANK", "0")) == rank:
         PLACES[place](occasion, HAPPENINGS[happening])
-    run(lambda: run_beit3_finetuning.main(argv))
+    run(lambda: main(argv))
 
 
 def _send(number: int) -> Happening:
