@@ -96,7 +96,7 @@ class AnswerList:
         Raises:
             DataError: no answer is frequent enough.
         """
-        counts = Counter(normalize_entry(answer.strip().lower()) for answer in answers)
+        counts = Counter(normalize_entry(answer.strip().lower()).strip() for answer in answers)
         kept = [answer for answer, count in counts.most_common() if count >= min_count and answer.strip()]
         if not kept:
             raise DataError(f"none of the {len(counts)} different answers occurs {min_count} times: lower the number")

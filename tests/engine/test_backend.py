@@ -252,3 +252,62 @@ def test_the_moving_average_follows_the_weights_by_its_decay():
     ema.update(model)
     torch.testing.assert_close(ema.state_dict()["weight"], start["weight"] + 0.1)
     assert torch.equal(ema.state_dict()["bias"], start["bias"])
+
+
+# ---- parts of the parameters with a rate and a clipping of their own ----
+
+
+def two_parts(**options):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"main": nn.Linear(3, 2), "own": nn.Linear(3, 2)})
+    groups = [
+        {"name": name, "part": part, "params": list(model[name].parameters()), "weight_decay": 0.0, "lr_scale": 1.0}
+        for name, part in (("main", ""), ("own", "policy"))
+    ]
+    backend = TorchBackend(model, torch.optim.SGD(groups, lr=1.0), device=CPU, **options)
+    loss = 5 * model["main"](torch.ones(1, 3)).sum() + 7 * model["own"](torch.ones(1, 3)).sum()
+    backend.backward(loss)
+    return model, backend
+
+
+def test_each_part_has_its_base_rate_and_is_clipped_by_its_own_norm():
+    model, backend = two_parts(clip_grad=1.0, clip_parts={"policy": 3.0})
+    before = copy.deepcopy(model)
+    info = backend.step(0.5, {"policy": 0.25})
+    pairs = {name: zip(model[name].parameters(), before[name].parameters(), strict=True) for name in model}
+    moved = {name: torch.cat([(a - b).flatten() for a, b in pair]).norm().item() for name, pair in pairs.items()}
+    assert moved["main"] == pytest.approx(0.5 * 1.0, rel=1e-4)
+    assert moved["own"] == pytest.approx(0.25 * 3.0, rel=1e-4)
+    assert info.grad_norm.item() == pytest.approx(math.sqrt(8 * 25 + 8 * 49), rel=1e-5)  # of both, before the clipping
+
+
+def test_a_part_without_settings_of_its_own_follows_the_others():
+    model, backend = two_parts(clip_grad=1.0)
+    before = copy.deepcopy(model)
+    backend.step(0.5)
+    difference = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
+    assert difference.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def _rehearse(rank, world_size):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 1)
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x):
+            self.seen += len(x)
+            return self.inner(x).sum()
+
+    torch.manual_seed(0)
+    model = Counting()
+    groups = [{"name": "all", "params": list(model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+    backend = TorchBackend(model, torch.optim.SGD(groups, lr=1.0), device=CPU)
+    backend.rehearse(lambda: backend.model(torch.ones(4, 2)))
+    assert int(model.seen) == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_rehearsal_leaves_no_trace_in_buffers():
+    run_in_processes(_rehearse, 3, 3)

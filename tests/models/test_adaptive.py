@@ -150,3 +150,85 @@ def test_a_policy_of_the_wrong_size_or_none_where_one_is_needed_is_refused():
         encoder("BlockDrop")(tokens)
     with pytest.raises(ModelError, match="strategy standard takes no policy"):
         encoder("standard")(tokens, None, torch.ones(2, 4))
+
+
+# ---- what a decision of 0 and 1 saves ----
+
+
+def with_other_copies(strategy: str) -> Encoder:
+    """Trained and frozen branch differ."""
+    model = encoder(strategy)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if COPY in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixed", "all", "none"])
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_running_the_chosen_branch_alone_gives_the_plain_arithmetics_values_and_gradients(strategy, kind):
+    """The plain arithmetic computes both branches and multiplies; a decision of nearly 0 or 1 takes that way."""
+    model = with_other_copies(strategy)
+    chosen = torch.rand(5, model.config.num_decisions).round()
+    if kind != "mixed":
+        chosen.fill_(float(kind == "all"))
+    tokens, mask = torch.randn(5, 6, 12), torch.ones(5, 1, 1, 6, dtype=torch.bool)
+    mask[0, :, :, 4:] = False
+    weight = torch.randn(5, 6, 12)
+    found = []
+    for nudge in (0.0, 1e-6):
+        x = tokens.clone().requires_grad_()
+        policy = (chosen * (1 - 2 * nudge) + nudge).requires_grad_()
+        model.zero_grad()
+        out = model(x, mask, policy)[-1]
+        (out * weight).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        found.append((out.detach(), x.grad, policy.grad, grads))
+    for one, other in zip(found[0][:3], found[1][:3], strict=True):
+        assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert found[0][3].keys() == found[1][3].keys()  # also where no sample chose a branch: zeros, not nothing
+    for name, one in found[0][3].items():
+        assert_close(one, found[1][3][name], atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_without_gradients_each_sample_goes_through_its_branch_alone(strategy, monkeypatch):
+    model = with_other_copies(strategy)
+    chosen = torch.tensor([[1.0], [0.0], [1.0]]).expand(-1, model.config.num_decisions)
+    rows = []
+    narrow = type(model.layer[0]).narrow
+
+    def counted(self: object, wide: torch.Tensor, tokens: torch.Tensor, *, frozen: bool) -> torch.Tensor:
+        rows.append(len(wide))
+        return narrow(self, wide, tokens, frozen=frozen)
+
+    monkeypatch.setattr(type(model.layer[0]), "narrow", counted)
+    tokens = torch.randn(3, 6, 12)
+    with torch.no_grad():
+        fast = model(tokens, None, chosen)[-1]
+    assert sum(rows) == (2 if strategy == "BlockDrop" else 3) * SIZES["num_hidden_layers"]
+    plain = model(tokens, None, chosen * (1 - 2e-7) + 1e-7)[-1]
+    assert_close(fast, plain.detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ADAPTIVE)
+def test_in_training_only_the_chosen_branch_keeps_a_graph(strategy, monkeypatch):
+    model = with_other_copies(strategy)
+    kept = []
+    narrow = type(model.layer[0]).narrow
+
+    def counted(self: object, wide: torch.Tensor, tokens: torch.Tensor, *, frozen: bool) -> torch.Tensor:
+        kept.append(len(wide) if torch.is_grad_enabled() else 0)
+        return narrow(self, wide, tokens, frozen=frozen)
+
+    monkeypatch.setattr(type(model.layer[0]), "narrow", counted)
+    chosen = torch.zeros(4, model.config.num_decisions)
+    chosen[:1] = 1.0
+    model(torch.randn(4, 6, 12), None, chosen.requires_grad_())
+    assert sum(kept) == (1 if strategy == "BlockDrop" else 4) * SIZES["num_hidden_layers"]
+
+
+def test_drawn_decisions_are_exactly_0_or_1():
+    drawn = sample_policy(torch.randn(64, 40), temperature=0.3)
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
