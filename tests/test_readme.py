@@ -27,7 +27,7 @@ from tests.citations import absent, citations_in
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LAUNCHERS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if "\nlaunch " in path.read_text(encoding="utf-8"))
-DIST_RUN = sorted((ROOT / "scripts").glob("dist_run_*.sh"))  # these are told the program
+DIST_RUN = sorted((ROOT / "scripts").glob("*dist_run*.sh"))  # these are told the program
 BATCH_SCRIPTS = sorted((ROOT / "scripts").glob("*.sbatch"))
 PARSERS = {
     "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
@@ -43,6 +43,9 @@ PARSERS = {
     "scripts/pack_box_features.py": "scripts.pack_box_features:build_parser",
     "scripts/score_captions.py": "scripts.score_captions:build_parser",
     "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
+    "scripts/compare_strategies.py": "scripts.compare_strategies:build_parser",
+    "scripts/vqa/test.py": "scripts.vlbert_args:build_test_parser",
+    "scripts/vqa/train_end2end.py": "scripts.vlbert_args:build_parser",
     "scripts/zero_to_fp32.py": "scripts.zero_to_fp32:build_parser",
 }
 OTHER_PROGRAMS = {"pip", "ruff", "tensorboard", "export"}  # not ours; their flags are not looked at

@@ -86,7 +86,7 @@ def strategies_table(rows: list[StrategyRun], heading: str) -> str:
     lines += [
         "",
         "Train accuracy is the mean over the batches of the last epoch, with dropout and drawn decisions; val accuracy "
-        "the best of all epochs, without either. Chosen: layers used (BlockDrop), layers or parts fine-tuned (SpotTune).",
+        "the best of all epochs, without either. Chosen: layers used (BlockDrop), layers or parts fine-tuned (others).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     words = Vocabularies(load_tokenizer(args.config, folder), answers)
     model = build_network(args.config, len(answers), words.tokenizer, reference=args.reference_behaviour)
     load_trained_weights(model, args.finetune)
+    if model.global_decision:
+        model.most_used()  # refuses a checkpoint that has not counted
     if not args.dry_run:
         prepare_run_folder(Path(args.output_dir), resume="", auto_resume=args.auto_resume, training=False)
     autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
