@@ -4,7 +4,11 @@
 
 Inference: the base model with the policy network in front of it, whose decisions are then forced to ``--blocks`` of the
 layers, others for each sample; against the standard model on the same input. Outputs are checked first against those of
-the arithmetic that computes every layer and multiplies. Training: forward, backward, AdamW; SpotTune with its policy.
+the arithmetic that computes every layer and multiplies.
+
+Training: forward, backward, AdamW, with the policy. ``plain`` is the recipe that computes both branches of everything
+and mixes them, as the published code does; decisions that are off by 1e-6 make our code take that way. Gradients are
+checked first. Memory is what autograd keeps for the backward pass, in tensors that are not weights.
 """
 
 import argparse
@@ -30,7 +34,8 @@ from models.vlbert.vqa import VLBertForVQA
 
 VOCABULARY = 8192  # rows that are not looked up would only cost memory
 NUM_ANSWERS, POLICY_LAYERS, POLICY_INNER = 3129, 2, 512
-MAX_DIFFERENCE = 1e-4
+MAX_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 1e-4, 1e-2
+NUDGE = 1e-6  # beside 0 and 1: no decision any more, so both branches are computed and mixed
 
 
 def build(strategy: str, num_outputs: int = NUM_ANSWERS, **sizes: int) -> VLBertForVQA:
@@ -85,31 +90,90 @@ def measure_inference(args: argparse.Namespace) -> dict[str, float]:
     return {"difference": difference, **times, "share": times["adaptive"] / times["standard"]}
 
 
-def measure_training(args: argparse.Namespace) -> dict[str, float]:
-    """A step of the standard model, and of SpotTune with its policy network, in turns."""
+def measure_training(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """A step of the standard model, and of each strategy with its policy network in both ways, in turns."""
     torch.manual_seed(0)
     batch, targets = batch_of(args), torch.rand(args.batch_size, NUM_ANSWERS)
-    standard, spottune = build("standard").train(), build("SpotTune").train()
-    decider = policy_network(spottune).train()
+    standard = build("standard").train()
+    sides = {"standard": _stepper([standard], lambda: standard(*batch), targets)}
+    kept = {"standard": _kept_mib(lambda: standard(*batch))}
+    for strategy in args.strategies:
+        model = build(strategy).train()
+        decider = policy_network(model).train()
+        _check_gradients(model, batch, targets)
 
-    def stepper(models: list[torch.nn.Module], forward: Callable[[], Tensor]) -> Callable[[], None]:
-        parameters = [p for model in models for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        def forward(nudge: float, model: VLBertForVQA = model, decider: VLBertForVQA = decider) -> Tensor:
+            decisions = sample_policy(decider(*batch))
+            return model(*batch, decisions * (1 - 2 * nudge) + nudge if nudge else decisions)
 
-        def step() -> None:
-            optimizer.zero_grad()
-            vqa_loss(forward(), targets).backward()
-            optimizer.step()
+        for name, nudge in ((strategy, 0.0), (f"{strategy}, plain", NUDGE)):
+            sides[name] = _stepper([model, decider], lambda nudge=nudge, forward=forward: forward(nudge), targets)
+            kept[name] = _kept_mib(lambda nudge=nudge, forward=forward: forward(nudge))
+    times = _in_turns(args.rounds, sides)
+    return {name: {"seconds": times[name], "kept_mib": kept[name]} for name in sides}
 
-        return step
 
-    return _in_turns(
-        args.rounds,
-        {
-            "standard": stepper([standard], lambda: standard(*batch)),
-            "spottune": stepper([spottune, decider], lambda: spottune(*batch, sample_policy(decider(*batch)))),
-        },
-    )
+def _check_gradients(model: VLBertForVQA, batch: tuple[Tensor, Tensor, Tensor], targets: Tensor) -> None:
+    """The chosen branch alone gives the gradients of both branches and a product, up to the nudge."""
+    with torch.no_grad():  # between equal branches a choice makes no difference
+        for name, parameter in model.named_parameters():
+            if "parallel_" in name:
+                parameter += torch.randn_like(parameter) * 0.01
+    chosen = torch.rand(len(targets), model.config.encoder.num_decisions).round()
+    found = []
+    for nudge in (0.0, NUDGE):
+        policy = (chosen * (1 - 2 * nudge) + nudge).requires_grad_()
+        model.eval().zero_grad()  # no dropout
+        vqa_loss(model(*batch, policy), targets).backward()
+        first = model.vlbert.encoder.layer[0].output.dense.weight.grad.clone()
+        found.append((policy.grad, first))
+    for one, other in zip(*found, strict=True):
+        difference = ((one - other).abs().max() / other.abs().max()).item()
+        if difference > MAX_GRADIENT_DIFFERENCE:
+            raise SystemExit(f"bench_adaptive: error: gradients differ by {difference:.1e}")
+    model.train().zero_grad()
+
+
+def _stepper(models: list[torch.nn.Module], forward: Callable[[], Tensor], targets: Tensor) -> Callable[[], None]:
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        vqa_loss(forward(), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def _kept_mib(forward: Callable[[], Tensor]) -> float:
+    """What one forward pass leaves for the backward pass, each storage once, without weights."""
+    storages: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if not value.is_leaf or not value.requires_grad:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        out = forward()
+    frozen_and_views = {p.untyped_storage().data_ptr() for p in _parameters_in(out)}
+    return sum(size for place, size in storages.items() if place not in frozen_and_views) / 2**20
+
+
+def _parameters_in(out: Tensor) -> list[Tensor]:
+    """Leaves of a graph that are trained; their transposed views are saved under the same storage."""
+    seen, waiting, leaves = set(), [out.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _in_turns(rounds: int, sides: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -131,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", type=int, default=4, help="layers that each sample keeps, of twelve")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--strategies", nargs="+", default=["SpotTune", "SpotTune_Block", "BlockDrop"])
     parser.add_argument("--no_training", action="store_true", help="inference only")
     parser.add_argument("--json", type=Path, help="write everything there")
     return parser
@@ -149,11 +214,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{found['adaptive']:.4g} s, {found['share']:.2f} of it; outputs within {found['difference']:.1e}"
     )
     if not args.no_training:
-        row["training"] = found = measure_training(args)
-        print(
-            f"  training step: standard {found['standard']:.4g} s, SpotTune {found['spottune']:.4g} s, "
-            f"{found['spottune'] / found['standard']:.2f} times"
-        )
+        row["training"] = measure_training(args)
+        base = row["training"]["standard"]
+        for name, found in row["training"].items():
+            seconds, kept = found["seconds"], found["kept_mib"]
+            slower, more = seconds / base["seconds"], kept / base["kept_mib"]
+            print(f"  training step, {name}: {seconds:.3g} s ({slower:.2f} times), {kept:.0f} MiB ({more:.2f} times)")
     print(f"  load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if args.json:
         setting = {key: value for key, value in vars(args).items() if key != "json"}

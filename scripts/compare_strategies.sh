@@ -8,9 +8,9 @@
 # A network of twelve layers is first trained on other scenes; every strategy starts from it. Makes .venv, or uses the
 # active environment or $PLAINVL_VENV. Everything else goes into one folder. Variables:
 #   COMPARE_DIR               quickstart/strategies
-#   COMPARE_TRAIN             400 images to fine-tune on, six questions each (COMPARE_VAL 200)
-#   COMPARE_PRETRAIN          1500 images of the training before
-#   COMPARE_EPOCHS            6 epochs of each strategy (COMPARE_PRETRAIN_EPOCHS 15)
+#   COMPARE_TRAIN             600 images to fine-tune on, six questions each (COMPARE_VAL 200)
+#   COMPARE_PRETRAIN          1000 images of the training before
+#   COMPARE_EPOCHS            8 epochs of each strategy (COMPARE_PRETRAIN_EPOCHS 6)
 #   SEED                      0
 #   NPROC_PER_NODE            1 training process
 set -euo pipefail
@@ -19,8 +19,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 folder=${COMPARE_DIR:-$ROOT/quickstart/strategies}
 mkdir -p "$folder" || fail "cannot make COMPARE_DIR=$folder: choose another folder"
 folder=$(cd "$folder" && pwd)
-num_train=${COMPARE_TRAIN:-400} num_val=${COMPARE_VAL:-200} num_before=${COMPARE_PRETRAIN:-1500}
-epochs=${COMPARE_EPOCHS:-6} epochs_before=${COMPARE_PRETRAIN_EPOCHS:-15} seed=${SEED:-0}
+num_train=${COMPARE_TRAIN:-600} num_val=${COMPARE_VAL:-200} num_before=${COMPARE_PRETRAIN:-1000}
+epochs=${COMPARE_EPOCHS:-8} epochs_before=${COMPARE_PRETRAIN_EPOCHS:-6} seed=${SEED:-0}
 cd "$ROOT"
 case "$#:${1:-}" in
     0:) ;;
