@@ -2,7 +2,7 @@
 # checked in one process first, then torchrun starts them; from there on torchrun's exit code (1) and report apply.
 # exec, so that signals reach the program and its exit code comes back.
 #
-#   launch PROGRAM PARSER FLAG…     PARSER: the module whose parse_args() the program calls
+#   launch PROGRAM PARSER FLAG…     PARSER: the module whose parse_args() the program calls, or module:function
 #   launch_found PROGRAM ARGUMENT…  the same for any program: it and file arguments are looked up as given, then in
 #                                   scripts/, then (the program only) at the root
 #
@@ -44,20 +44,22 @@ need_rank() {
     [[ $2 =~ ^(0|[1-9][0-9]*)$ && $2 -lt $3 ]] || fail "$1 must be a number from 0 to $(($3 - 1)), got '$2'"
 }
 
-# The module whose parse_args() a program calls, as far as it can be called before the program starts.
+# The module whose parse_args() a program calls, or module:function, as far as it can be called before the program starts.
 parser_of() {
     case ${1##*/} in
         run_beit3_finetuning.py) echo scripts.beit3_args ;;
         run_vle_vqa.py) echo scripts.vle_args ;;
         train_end2end.py) echo scripts.vlbert_args ;;
+        test.py) echo scripts.vlbert_args:parse_test_args ;;
     esac
 }
 
 # check_flags PARSER FLAG…: one line and exit code 2 for mistakes, before any process is started
 check_flags() {
-    local parser=$1
+    local module=${1%%:*} function=parse_args
+    [[ $1 != *:* ]] || function=${1#*:}
     shift
-    [[ -z $parser ]] || PYTHONPATH=$ROOT "$PYTHON" -c "from $parser import parse_args; parse_args()" "$@"
+    [[ -z $module ]] || PYTHONPATH=$ROOT "$PYTHON" -c "from $module import $function; $function()" "$@"
 }
 
 need_torch() {

@@ -215,6 +215,8 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
         args.output_dir = args.result_path or str(args.run_dir / "test")
         args.eval_split = args.split or config["DATASET"]["TEST_IMAGE_SET"]
         args.finetune = args.ckpt or str(args.run_dir / "checkpoint-best")
+        if args.gpus:
+            args.notes.append("--gpus has no effect: scripts/dist_run_single.sh starts several processes")
         return
     args.eval_batch_size = config["VAL"]["BATCH_IMAGES"]
     args.output_dir = str(args.run_dir)
@@ -224,6 +226,11 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
         args.auto_resume = train["AUTO_RESUME"]
     if train["RESUME"] and not args.resume:
         args.resume = str(args.run_dir / f"checkpoint-{train['BEGIN_EPOCH'] - 1}")
+    if args.do_test and args.enable_deepspeed:
+        raise DataError("--do-test does not go with --enable_deepspeed: run scripts/vqa/test.py after the training")
+    for flag, word in (("slurm", "srun's variables are found by themselves"), ("cudnn_off", "cuDNN stays on")):
+        if getattr(args, flag):
+            args.notes.append(f"--{flag.replace('_', '-')} has no effect: {word}")
     args.model_ema, args.initial_scale_power = False, 16
     args.zero_stage = 1 if args.zero_stage is None else args.zero_stage
     _check_own_data(args)

@@ -20,6 +20,7 @@ from models.beit3.config import beit3_config, model_names
 from models.errors import ModelError
 from scripts.beit3_args import OFFERED_TASKS, RECIPES, parse_args
 from scripts.beit3_args import build_parser as build_beit3_parser
+from scripts.vlbert_config import CONFIG_ROOT, SCHEMA, Key, find_config, read_config
 from scripts.vle_args import CONFIG_FOLDER, DEFAULT_CONFIG
 from scripts.vle_config import CONFIG_KEYS
 from tests.citations import absent, citations_in
@@ -453,3 +454,29 @@ def test_the_settings_table_of_vle_holds_every_key_with_its_shipped_value():
     assert rows["deepspeed_config"] == "see the file"
     for key in CONFIG_KEYS.keys() - {"deepspeed_config"}:
         assert rows[key] == f"`{json.dumps(shipped[key])}`", key
+
+
+def test_the_settings_table_of_vlbert_holds_every_key_that_has_an_effect_with_its_shipped_value():
+    page = (ROOT / "docs/vlbert.md").read_text(encoding="utf-8")
+    shipped = read_config(find_config("cfgs/vqa/base_4X16G_fp32.yaml"))
+    rows = dict(re.findall(r"^\| `([A-Za-z0-9_.]+)` \| (.*?) \| .* \|$", page, flags=re.MULTILINE))
+
+    def keys(schema: dict, values: dict, section: str = "") -> Iterator[tuple[str, Key, object]]:
+        for name, entry in schema.items():
+            if isinstance(entry, Key):
+                yield section + name, entry, values[name]
+            else:
+                yield from keys(entry, values[name], f"{section}{name}.")
+
+    for name, entry, value in keys(SCHEMA, shipped):
+        if entry.meaning == "without effect" or entry.meaning.startswith("nothing else"):
+            twin = name.startswith("POLICY.") and name != "POLICY.OUTPUT_SIZE"
+            assert f"`{name}`" in page or twin, name
+        elif not name.startswith("POLICY.") or name == "POLICY.OUTPUT_SIZE":
+            assert rows.get(name) in (f"`{json.dumps(value)}`", "see the file"), name
+
+
+def test_the_strategy_table_names_the_shipped_configs():
+    page = (ROOT / "docs/vlbert.md").read_text(encoding="utf-8")
+    for path in (CONFIG_ROOT / "cfgs" / "vqa").glob("*.yaml"):
+        assert f"`{path.stem}`" in page or f"cfgs/vqa/{path.name}" in page, path

@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
 
     # ---- 2. words and answers, network and policy, first weights ----
+    say("reading questions and answers")
     questions = vlbert_vqa.training_questions(args)
     words = Vocabularies(load_tokenizer(args.config), vlbert_vqa.load_answers(args, questions))
     model = build_network(args.config, len(words.answers), words.tokenizer, reference=args.reference_behaviour)

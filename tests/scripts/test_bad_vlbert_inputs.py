@@ -338,6 +338,11 @@ def a_checkpoint_of_another_size(case):
     return train_flags(case.models, "--set=NETWORK.VLBERT.num_hidden_layers=2", data=case.data)
 
 
+@bad(r"--do-test does not go with --enable_deepspeed")
+def a_test_after_deepspeed(case):
+    return case.train("--do-test", "--enable_deepspeed")
+
+
 @bad(r"no checkpoint at .*none: give one as --ckpt, or train with this config first")
 def a_checkpoint_that_is_not_there(case):
     return case.predict("--ckpt", case.tmp / "none")

@@ -1,8 +1,11 @@
 """scripts/vqa: training and prediction with every strategy, stops, several processes, formats, own data."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +42,8 @@ from tests.scripts.vlbert_run import (
     trained_run,
 )
 from tests.scripts.vqa_run import differences, read_lines
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(rank: int, argv: list[str]) -> None:
@@ -149,6 +154,30 @@ def test_do_test_predicts_with_the_best_checkpoint(tmp_path):
     predict(*predict_flags(tmp_path, *again, strategy="BlockDrop"))
     name = "drawn_vqa2_test2015.json"
     assert (run / "test" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("strategy", ["standard", *WITH_POLICY])
+def test_bfloat16_takes_steps_and_predicts(tmp_path, strategy):
+    program(*train_flags(tmp_path, "--amp", "bf16", "--max_steps", 2, strategy=strategy))
+    best = run_dir(tmp_path, strategy) / "checkpoint-best"
+    flags = ("--ckpt", best, "--amp", "bf16", "--result-path", tmp_path, "--limit_samples", 9)
+    predict(*predict_flags(tmp_path, *flags, strategy=strategy))
+    assert len(json.loads((tmp_path / "drawn_vqa2_test2015.json").read_text())) == 9
+
+
+def test_the_launcher_takes_the_originals_arguments(tmp_path):
+    """./scripts/dist_run_single.sh <num_gpus> <program> <config> <model directory>, then flags of ours."""
+    config, model_dir, *flags = train_flags(tmp_path, "--max_steps", 1, "--no_validation")
+    command = ["bash", "scripts/dist_run_single.sh", "2", "vqa/train_end2end.py", config, model_dir, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PLAINVL_VENV": str(Path(sys.executable).parents[1])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir(tmp_path) / "run.json").read_text())["world_size"] == 2
+    command[command.index("--limit_samples")] = "--limit_sample"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "did you mean --limit_samples?" in line
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
