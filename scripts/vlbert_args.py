@@ -226,6 +226,8 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
         args.auto_resume = train["AUTO_RESUME"]
     if train["RESUME"] and not args.resume:
         args.resume = str(args.run_dir / f"checkpoint-{train['BEGIN_EPOCH'] - 1}")
+    if args.reference_adamw and train["OPTIMIZER"] != "AdamW":
+        raise DataError(f"--reference_adamw goes with TRAIN.OPTIMIZER AdamW, not {train['OPTIMIZER']}")
     if args.do_test and args.enable_deepspeed:
         raise DataError("--do-test does not go with --enable_deepspeed: run scripts/vqa/test.py after the training")
     for flag, word in (("slurm", "srun's variables are found by themselves"), ("cudnn_off", "cuDNN stays on")):

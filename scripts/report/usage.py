@@ -171,6 +171,7 @@ def draw_usage_curves(usages: list[Usage]) -> bytes:
             left.set_xlabel("epoch")
             left.set_title("Mean number of choices", loc="left", fontsize=10, color=GRAY)
             left.xaxis.get_major_locator().set_params(integer=True)
+            below = {"loc": "upper left", "bbox_to_anchor": (0, -0.16), "ncols": 3}
             if scores:
                 beside = left.twinx()
                 epochs = sorted(scores)
@@ -178,9 +179,9 @@ def draw_usage_curves(usages: list[Usage]) -> bytes:
                 beside.set_ylim(0, 100)
                 beside.set_ylabel("accuracy on val (%)", color=GRAY)
                 handles = [*left.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
-                left.legend(handles=handles, loc="lower left")
+                left.legend(handles=handles, **below)
             else:
-                left.legend(loc="lower left")
+                left.legend(**below)
             mode = "val" if any(usage.mode == "val" for usage in usages) else "train"
             chosen = [usage for usage in usages if usage.mode == mode]
             grid = [
@@ -236,7 +237,10 @@ def _image(content: bytes, text: str) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}
-.maps {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }}
+main {{ padding-top: 44px; }}
+.curves img {{ filter: none; }}
+.maps {{ margin: 28px 0 60px; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }}
 .maps figure {{ margin: 0; background: #fff; border-radius: 8px; padding: .5rem; }}
 .maps img {{ width: 100%; height: auto; }}
 .maps figcaption {{ color: #4b5563; font-size: .85rem; }}

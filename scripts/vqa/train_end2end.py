@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import torch
 
+from data.loader import EvalLoader, TrainLoader
 from engine import distributed, stop
 from engine.backend import resolve_precision
 from engine.checkpoint import BEST
@@ -68,34 +69,55 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device)
     torch.manual_seed(args.seed + distributed.rank())
 
-    # ---- 3. data ----
+    # ---- 3. train, then perhaps predict ----
     train_loader, val_loader = vlbert_vqa.train_and_val_loaders(args, questions, words, device=device)
     del questions
+    train(args, model, words, train_loader, val_loader, device, dtype, output_dir, resume_from)
+    if args.do_test and output_dir is not None:
+        test_best(args, model, words, device, output_dir)
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def train(
+    args: argparse.Namespace,
+    model: AdaptiveVQA,
+    words: Vocabularies,
+    train_loader: TrainLoader,
+    val_loader: EvalLoader | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    output_dir: Path | None,
+    resume_from: Path | None,
+) -> None:
+    """Optimizer, schedules, then the one loop."""
     steps_per_epoch = train_loader.steps_per_epoch
     total_steps = steps_per_epoch * args.config["TRAIN"]["END_EPOCH"]
 
     # ---- 4. optimizer, schedules, backend: the policy has its own rate, schedule and clipping ----
-    train, policy = args.config["TRAIN"], args.config["POLICY"]
-    scale = train_loader.samples_per_step if args.lr is None else args.lr / (train["LR"] or 1.0)
-    lr, policy_lr = train["LR"] * scale, policy["LR"] * scale
+    settings, policy = args.config["TRAIN"], args.config["POLICY"]
+    scale = train_loader.samples_per_step if args.lr is None else args.lr / (settings["LR"] or 1.0)
+    lr, policy_lr = settings["LR"] * scale, policy["LR"] * scale
     groups = vlbert_parameter_groups(
-        model.named_parameters(), weight_decay=train["WD"], policy_weight_decay=policy["WD"]
+        model.named_parameters(), weight_decay=settings["WD"], policy_weight_decay=policy["WD"]
     )
-    kind = "transformers_adamw" if args.reference_adamw else train["OPTIMIZER"].lower()
+    kind = "transformers_adamw" if args.reference_adamw else settings["OPTIMIZER"].lower()
     optimizer = build_optimizer(kind, groups, lr=lr, eps=1e-6)
-    schedule = build_schedule(train, lr, steps_per_epoch, total_steps)
+    schedule = build_schedule(settings, lr, steps_per_epoch, total_steps)
     part_schedules, clip_parts = {}, {}
     if model.policy is not None:
         part_schedules[POLICY_PART] = build_schedule(policy, policy_lr, steps_per_epoch, total_steps)
         clip_parts[POLICY_PART] = policy["CLIP_GRAD_NORM"] if policy["CLIP_GRAD_NORM"] > 0 else None
-        if policy["OPTIMIZER"] != train["OPTIMIZER"]:
+        if policy["OPTIMIZER"] != settings["OPTIMIZER"]:
             raise EngineError(
-                f"POLICY.OPTIMIZER {policy['OPTIMIZER']} beside TRAIN.OPTIMIZER {train['OPTIMIZER']}: both networks "
+                f"POLICY.OPTIMIZER {policy['OPTIMIZER']} beside TRAIN.OPTIMIZER {settings['OPTIMIZER']}: both networks "
                 "share one optimizer here, make them equal"
             )
     backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, None, clip_parts=clip_parts)
 
     # ---- 5. the plan, said once ----
+    rates = {POLICY_PART: policy_lr}
+    described = [describe_groups([group], rates.get(group["part"], lr))[0] for group in groups]
     facts = {
         **count_parameters(model),
         "strategy": args.config["FINETUNE_STRATEGY"],
@@ -106,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         "effective_lr": lr,
         **({"effective_policy_lr": policy_lr} if model.policy is not None else {}),
         "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
-        "parameter_groups": describe_groups(groups, lr),
+        "parameter_groups": described,
         **deepspeed_facts,
     }
     say(json.dumps(facts, indent=2))
@@ -115,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     log = open_log(args, output_dir)
     log.write_run({key: value for key, value in vars(args).items() if key not in ("notes", "run_dir")}, facts)
     plan = RunPlan(
-        epochs=train["END_EPOCH"],
+        epochs=settings["END_EPOCH"],
         output_dir=output_dir,
         save_every_epochs=args.config["CHECKPOINT_FREQUENT"] if args.save_ckpt else 0,
         save_every_steps=args.save_ckpt_steps if args.save_ckpt else 0,
@@ -151,10 +173,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         best = "" if position.best is None else f"; best soft accuracy {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}; results in {output_dir}")
-        if args.do_test:
-            test_best(args, backend.unwrapped(), words, device, output_dir)
-    distributed.barrier()
-    distributed.shutdown()
 
 
 def build_schedule(settings: dict, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:

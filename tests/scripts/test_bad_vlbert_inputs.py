@@ -338,6 +338,11 @@ def a_checkpoint_of_another_size(case):
     return train_flags(case.models, "--set=NETWORK.VLBERT.num_hidden_layers=2", data=case.data)
 
 
+@bad(r"--reference_adamw goes with TRAIN.OPTIMIZER AdamW, not SGD")
+def the_arithmetic_of_another_optimizer(case):
+    return case.train("--reference_adamw", "--set=TRAIN.OPTIMIZER=SGD")
+
+
 @bad(r"--do-test does not go with --enable_deepspeed")
 def a_test_after_deepspeed(case):
     return case.train("--do-test", "--enable_deepspeed")

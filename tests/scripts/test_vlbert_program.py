@@ -291,7 +291,7 @@ def test_two_processes_train_like_one_and_count_all_decisions(tmp_path, monkeypa
         )
 
 
-@pytest.mark.parametrize("strategy", ["standard", "SpotTune"])
+@pytest.mark.parametrize("strategy", [pytest.param("standard", marks=pytest.mark.slow), "SpotTune"])
 def test_zero_2_takes_the_steps_of_ddp(tmp_path, strategy):
     more = ("--set=TRAIN.GRAD_ACCUMULATE_STEPS=1", "--set=TRAIN.CLIP_GRAD_NORM=0", "--set=POLICY.CLIP_GRAD_NORM=0")
     for name, flags in (("ddp", ()), ("zero", ("--enable_deepspeed", "--zero_stage", "2"))):
@@ -362,12 +362,23 @@ def test_the_losses_on_decisions_are_logged_and_reach_the_policy_alone_where_the
 
 
 def test_the_policy_has_a_rate_and_a_schedule_of_its_own(tmp_path):
-    more = ("--set=POLICY.LR=3e-5", "--set=POLICY.WARMUP_STEPS=4", "--log_every", "1", "--no_validation")
-    program(*train_flags(tmp_path, *more, strategy="SpotTune_Block"))
+    more = ("--set=TRAIN.LR=1.5e-5", "--set=POLICY.LR=3e-5", "--set=POLICY.WARMUP_STEPS=4", "--no_validation")
+    program(*train_flags(tmp_path, *more, "--log_every", "1", strategy="SpotTune_Block"))
     rows = read_lines(run_dir(tmp_path, "SpotTune_Block") / "metrics.jsonl")
-    # TRAIN.LR is 1.5e-5: --lr 1e-2 stands for it, and twice as much for the policy; six steps
+    # --lr 1e-2 stands for TRAIN.LR, and twice as much for the policy; six steps
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * f for f in (1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0)])
     assert [row["lr_policy"] for row in rows] == pytest.approx([2e-2 * f for f in (1 / 4, 2 / 4, 3 / 4, 1, 1 / 2, 0)])
+
+
+@pytest.mark.parametrize("more", [["--reference_adamw"], ["--set=TRAIN.OPTIMIZER=SGD", "--set=POLICY.OPTIMIZER=SGD"]])
+def test_other_optimizers_and_the_step_schedule_train(tmp_path, more):
+    schedule = ("--set=TRAIN.LR_SCHEDULE=step", "--set=TRAIN.LR_STEP=0.5", "--set=TRAIN.WARMUP=false")
+    more = [*more, *schedule, "--log_every", "1", "--no_validation", "--lr", "1e-3"]
+    program(*train_flags(tmp_path, *more, strategy="SpotTune_Block"))
+    rows = read_lines(run_dir(tmp_path, "SpotTune_Block") / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3] * 3 + [1e-4] * 3)
+    weights = read_state_dict(run_dir(tmp_path, "SpotTune_Block") / "checkpoint-0")
+    assert all(torch.isfinite(value.float()).all() for value in weights.values())
 
 
 def test_reference_behaviour_differs_where_the_published_code_does(tmp_path):
