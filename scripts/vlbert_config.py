@@ -56,6 +56,11 @@ def _strategy(value: Any) -> str:
     raise ValueError(f"{', '.join(fixed)} or last_<k>")
 
 
+def _epochs(value: Any) -> str:
+    """A text; a single epoch is a number in YAML."""
+    return str(value) if type(value) in (int, float) else text(value)
+
+
 _CLASSIFIER = {
     "CLASSIFIER_TYPE": Key(one_of("mlm", "2fc", "1fc"), "2fc", "head of the network"),
     "CLASSIFIER_HIDDEN_SIZE": Key(whole(1), 1024, "inner width of 2fc"),
@@ -114,7 +119,7 @@ _OPTIMIZER = {
     "CLIP_GRAD_NORM": Key(real(-1), -1, "largest norm of all gradients; 0 or less: any"),
     "LR": Key(real(0), 0.1, "learning rate for one sample: times the samples of a step"),
     "LR_SCHEDULE": Key(one_of("triangle", "step"), "step", "triangle or step"),
-    "LR_STEP": Key(text, "", "epochs at which schedule step changes the rate, such as '2,4'"),
+    "LR_STEP": Key(_epochs, "", "epochs at which schedule step changes the rate, such as '2,4'"),
     "LR_FACTOR": Key(real(0), 0.1, "what it is multiplied with then"),
     "WD": Key(real(0), 0.0, "weight decay of every parameter"),
     "MOMENTUM": _only(0.9, "of SGD"),
