@@ -65,6 +65,8 @@ class VLBertForVQA(nn.Module):
         self.object_linguistic_embeddings = nn.Embedding(1, config.hidden_size)
         nn.init.normal_(self.object_linguistic_embeddings.weight, std=config.initializer_range)
         self.vlbert = VisualLinguisticBert(config)
+        if config.with_pooler:  # not looked at by this head: no gradient is to be waited for
+            self.vlbert.pooler.requires_grad_(False)
         self.final_mlp = _classifier(
             classifier, config.hidden_size, classifier_hidden_size, num_outputs, classifier_dropout
         )

@@ -5,11 +5,12 @@ import json
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
 
-from data.box_features import FEATURE_SIZE, JSONRegions, PackedRegions, Regions, pack, write_json
+from data.box_features import FEATURE_SIZE, JSONRegions, PackedRegions, Regions, open_regions, pack, write_json
 from data.errors import DataError
 from scripts import pack_box_features
 from tests.scripts.vle_run import failure
@@ -48,6 +49,22 @@ def test_packed_regions_are_those_of_the_json_files(folder, tmp_path, capsys):
     copy = pickle.loads(pickle.dumps(packed))
     assert_same(copy.regions(30), packed.regions(30))
     assert not [name for name in os.listdir(tmp_path / "packed") if name.startswith(".")]
+
+
+def test_zipped_files_are_read_and_packed_like_the_folder(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "boxes.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"boxes/{file.name}")
+    source = open_regions(tmp_path / "boxes.zip")
+    assert source.image_ids() == open_regions(folder).image_ids() == {2, 7, 30}
+    assert_same(source.regions(7), drawn(7, 3))
+    with pytest.raises(DataError, match=r"boxes.zip has no 8.json: every image of the questions needs its box file"):
+        source.regions(8)
+    pack_box_features.main(["--input", str(tmp_path / "boxes.zip"), "--output", str(tmp_path / "packed")])
+    packed = open_regions(tmp_path / "packed")
+    assert_same(packed.regions(30), drawn(30, 5))
+    assert packed.sizes() == {2: (100, 92), 7: (100, 97), 30: (100, 120)}
+    assert source.sizes() is None
 
 
 def test_half_precision_halves_the_features_and_errs_by_their_precision(folder, tmp_path):

@@ -1,9 +1,12 @@
 """VL-BERT's modules: packing, heads, loading, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from models.errors import ModelError
+from models.vlbert.adaptive_vqa import COUNTS, AdaptiveVQA
 from models.vlbert.encoder import EncoderConfig
 from models.vlbert.fast_rcnn import FastRCNN, FastRCNNConfig, blocks_of, with_aliases, without_aliases
 from models.vlbert.loading import classifier_from_words, load_bert, load_pretrained
@@ -96,3 +99,73 @@ def test_frozen_batch_norms_keep_their_statistics_in_training():
     boxes = torch.tensor([[[0.0, 0.0, 40.0, 30.0]]])
     model(torch.randn(1, 3, 64, 64), boxes, torch.tensor([[64.0, 64.0]]), torch.ones(1, 1, dtype=torch.bool))
     assert torch.equal(model.backbone.bn1.running_mean, before)
+
+
+# ---- network and policy in one ----
+
+
+def adaptive(strategy: str = "BlockDrop", outputs: int = 2, **more: object) -> AdaptiveVQA:
+    torch.manual_seed(0)
+    encoder = replace(ENCODER, strategy=strategy)
+    config = VLBertConfig(encoder=encoder, visual_size=12, vocab_size=30, max_position_embeddings=40)
+    policy = VLBertForVQA(replace(config, encoder=ENCODER), outputs, special_ids=IDS)
+    return AdaptiveVQA(config, 5, policy=policy, special_ids=IDS, **more)
+
+
+def test_names_of_the_network_are_the_originals_and_the_policys_stand_behind_a_prefix():
+    names = set(adaptive().state_dict())
+    own = {name for name in names if not name.startswith("policy")}
+    assert own == set(small().state_dict())
+    assert {name.removeprefix("policy.") for name in names if name.startswith("policy.")} == own
+    assert names - own - {n for n in names if n.startswith("policy.")} == set(COUNTS)
+
+
+def test_training_draws_decisions_and_everything_else_takes_the_most_probable_ones():
+    model = adaptive("SpotTune", outputs=2 * 6)
+    found = {model.train()(*batch()).decisions.sum().item() for _ in range(20)}
+    assert len(found) > 1
+    assert {model.eval()(*batch()).decisions.sum().item() for _ in range(3)} <= {0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0}
+    first, second = (model.eval()(*batch()) for _ in range(2))
+    assert first.decisions.shape == (2, 6)
+    boxes = batch()
+    assert torch.equal(model(*boxes).logits, model(*boxes).logits)
+
+
+def test_counts_say_what_most_samples_chose_and_begin_anew_with_an_epoch():
+    model = adaptive(global_decision=True).eval()
+    with pytest.raises(ModelError, match="a global decision needs the counts of a training epoch"):
+        model(*batch())
+    model.begin_counts(0)
+    model.count(torch.tensor([3.0]), torch.tensor(4.0))
+    assert model.most_used().tolist() == [1.0]
+    assert model(*batch()).decisions.tolist() == [[1.0], [1.0]]
+    model.begin_counts(0)
+    model.count(torch.tensor([0.0]), torch.tensor(2.0))
+    assert model.most_used().tolist() == [0.0]  # three of six are no majority
+    model.begin_counts(1)
+    assert (model.policy_decisions.tolist(), int(model.policy_samples), int(model.policy_epoch)) == ([0], 0, 1)
+
+
+def test_a_policy_that_does_not_fit_is_refused():
+    with pytest.raises(ModelError, match="a policy of 4 outputs, 1 decisions take 2"):
+        adaptive(outputs=4)
+    with pytest.raises(ModelError, match="strategy standard takes no policy"):
+        adaptive("standard")
+    config = VLBertConfig(encoder=replace(ENCODER, strategy="BlockDrop"), visual_size=12)
+    with pytest.raises(ModelError, match="strategy BlockDrop needs a policy network"):
+        AdaptiveVQA(config, 5)
+
+
+@pytest.mark.parametrize("grounding", [True, False])
+def test_words_see_the_image_unless_they_must_not(grounding):
+    model = small(grounding=grounding)
+    torch.nn.init.ones_(model.vlbert.visual_ln_text.weight)
+    model(*batch()).sum().backward()
+    assert bool(model.vlbert.visual_ln_text.weight.grad.abs().sum() > 0) == grounding
+
+
+def test_a_pooler_that_nobody_asks_waits_for_no_gradient():
+    config = VLBertConfig(encoder=ENCODER, visual_size=12, vocab_size=30, with_pooler=True)
+    model = VLBertForVQA(config, 5, special_ids=IDS)
+    model(*batch()).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
