@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import resnet50
 
 from data.vlbert_vqa import REGION_ROOT
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE
 from engine.weights import read_state_dict
+from models.errors import ModelError
 from models.vlbert import regions
 from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import pack_box_features
@@ -158,7 +160,8 @@ def test_do_test_predicts_with_the_best_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["standard", *WITH_POLICY])
 def test_bfloat16_takes_steps_and_predicts(tmp_path, strategy):
-    program(*train_flags(tmp_path, "--amp", "bf16", "--max_steps", 2, strategy=strategy))
+    program(*train_flags(tmp_path, "--amp", "bf16", "--max_steps", 2, "--tensorboard", strategy=strategy))
+    assert list((run_dir(tmp_path, strategy) / "tensorboard_logs").glob("events.*"))
     best = run_dir(tmp_path, strategy) / "checkpoint-best"
     flags = ("--ckpt", best, "--amp", "bf16", "--result-path", tmp_path, "--limit_samples", 9)
     predict(*predict_flags(tmp_path, *flags, strategy=strategy))
@@ -452,6 +455,29 @@ def test_the_image_path_takes_a_step_and_predicts(tmp_path):
     weights = run_dir(tmp_path) / "checkpoint-step1"
     predict(*predict_flags(tmp_path, *more, "--ckpt", weights, "--result-path", tmp_path, "--limit_samples", 3))
     assert len(json.loads((tmp_path / "drawn_vqa2_test2015.json").read_text())) == 3
+
+
+def test_the_image_path_begins_with_the_resnet_that_the_config_names(tmp_path, capsys):
+    image = ["--set=NETWORK.IMAGE_FEAT_PRECOMPUTED=false", "--set=NETWORK.IMAGE_NUM_LAYERS=50"]
+    torch.manual_seed(7)
+    resnet = resnet50().state_dict()
+    torch.save(resnet, tmp_path / "resnet-0003.model")
+    weights = [f"--set=NETWORK.IMAGE_PRETRAINED={tmp_path / 'resnet'}", "--set=NETWORK.IMAGE_PRETRAINED_EPOCH=3"]
+    more = [*image, *weights, "--set=SCALES=[48, 64]", "--set=TRAIN.BATCH_IMAGES=2", "--limit_samples", "4"]
+    more += ["--partial-pretrain", trained_run() / "checkpoint-best", "--max_steps", "1", "--no_validation"]
+    argv = train_flags(tmp_path, *more, strategy="BlockDrop")
+    argv.remove("--from_scratch")
+    program(*argv)
+    state = read_state_dict(run_dir(tmp_path, "BlockDrop") / "checkpoint-0")
+    for prefix in ("", "policy."):
+        place = f"{prefix}image_feature_extractor"
+        assert torch.equal(state[f"{place}.backbone.conv1.weight"], resnet["conv1.weight"])  # frozen
+        head = state[f"{place}.roi_head_feature_extractor.2.conv3.weight"]
+        assert (head - resnet["layer4.2.conv3.weight"]).abs().max() < 0.1  # one step away
+    assert "loaded the ResNet from" in capsys.readouterr().err
+    torch.save({name: value for name, value in resnet.items() if "layer4" not in name}, tmp_path / "resnet-0003.model")
+    with pytest.raises(ModelError, match="roi_head_feature_extractor"):
+        program(argv[0], str(tmp_path / "other"), *argv[2:])
 
 
 def test_own_questions_train_and_are_predicted(tmp_path):
