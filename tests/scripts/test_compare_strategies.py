@@ -1,4 +1,4 @@
-"""scripts/compare_strategies.sh at a tiny size: every strategy ends and has a row in the table; a second run keeps it."""
+"""scripts/compare_strategies.sh , tiny: every strategy ends and has a row in the table; a second run keeps it."""
 
 import os
 import subprocess
