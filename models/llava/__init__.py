@@ -1,0 +1,1 @@
+"""LLaVA: a Llama decoder that reads images through a projector."""

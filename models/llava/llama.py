@@ -1,0 +1,212 @@
+"""The Llama decoder with its original key names: RMS norms, rotary positions, grouped keys, cache.
+
+Source: Touvron et al. 2023; arithmetic and key names of transformers' LlamaForCausalLM.
+
+Letters: B batch, T new tokens, K tokens that are looked at, D width, H heads, G heads of keys, C channels of a head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.errors import ModelError
+from models.layers import attention, join_heads, split_heads
+from models.linear import Linear
+from models.llava.config import LlamaConfig
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean square, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        """With weight one."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of all layers for the tokens so far, in room that is taken once."""
+
+    def __init__(self, config: LlamaConfig, batch_size: int, room: int, like: Tensor) -> None:
+        """Room for ``room`` tokens of ``batch_size`` rows, with the type and device of ``like``."""
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, room, config.head_size)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, G, T, C) to one layer; all keys and values of it, (B, G, K, C). ``advance`` after the last."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ModelError(f"{end} tokens for a cache with room for {self.keys.shape[3]}")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """All layers have been extended."""
+        self.length += tokens
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows in this order, as a beam search wants."""
+        end = self.length
+        self.keys[:, :, :, :end] = self.keys[:, rows, :, :end]
+        self.values[:, :, :, :end] = self.values[:, rows, :, :end]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """tokens (B, T, D) after the last norm; layers: (B, T, D) before the first layer and after each, if asked for."""
+
+    tokens: Tensor
+    layers: list[Tensor] | None
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Build it with random weights."""
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpoint_layers = False  # recompute each layer in the backward pass instead of keeping what it made
+
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        keep_layers: bool = False,
+    ) -> Decoded:
+        """Run embedded tokens through the layers.
+
+        Args:
+            tokens: (B, T, D).
+            mask: (B, K), True = a token, False = padding; None: nothing is padded. Padding at the end needs no mask as
+                long as nobody reads what comes out for it: no token looks ahead.
+            positions: (B, T) of the new tokens; 0, 1, … from the cache's length on if None.
+            cache: of the tokens before; gets the new ones too.
+            keep_layers: give the tokens after each layer as well.
+        """
+        past = 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        rotation = rotary(positions, self.config, tokens.dtype)
+        may_look = None if mask is None else _may_look(mask, tokens.shape[1])
+        layers = [tokens] if keep_layers else None
+        for number, layer in enumerate(self.layers):
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                tokens = checkpoint(layer, tokens, rotation, may_look, use_reentrant=False)
+            else:
+                tokens = layer(tokens, rotation, may_look, cache, number)
+            if layers is not None:
+                layers.append(tokens)
+        if cache is not None:
+            cache.advance(positions.shape[1])
+        tokens = self.norm(tokens)
+        if layers is not None:
+            layers[-1] = tokens
+        return Decoded(tokens, layers)
+
+
+def rotary(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions, (B, 1, T, C) each, computed in float32."""
+    half = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device) / config.head_size
+    angles = (positions.float() / config.rope_factor)[..., None] / config.rope_theta**half
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosines, sines = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat([-second, first], dim=-1) * sines
+
+
+def _may_look(mask: Tensor, new: int) -> Tensor:
+    """(B, K) -> (B, 1, T, K): new token t may look at tokens up to itself that are no padding, and at itself."""
+    total = mask.shape[1]
+    rows = torch.arange(total - new, total, device=mask.device)[:, None]
+    columns = torch.arange(total, device=mask.device)
+    return (((columns <= rows) & mask[:, None].bool()) | (columns == rows))[:, None]
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        may_look: Tensor | None,
+        cache: Cache | None = None,
+        number: int = 0,
+    ) -> Tensor:
+        tokens = tokens + self.self_attn(self.input_layernorm(tokens), rotation, may_look, cache, number)
+        return tokens + self.mlp(self.post_attention_layernorm(tokens))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
+        width, keys = config.hidden_size, config.num_key_value_heads * config.head_size
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, keys, bias=False)
+        self.v_proj = Linear(width, keys, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        may_look: Tensor | None,
+        cache: Cache | None,
+        number: int,
+    ) -> Tensor:
+        q = _rotate(split_heads(self.q_proj(tokens), self._heads), rotation)
+        k = _rotate(split_heads(self.k_proj(tokens), self._key_heads), rotation)
+        v = split_heads(self.v_proj(tokens), self._key_heads)
+        if cache is not None:
+            k, v = cache.extend(number, k, v)
+        if self._heads != self._key_heads:
+            k, v = (x.repeat_interleave(self._heads // self._key_heads, dim=1) for x in (k, v))
+        if may_look is not None:
+            out = attention(q, k, v, mask=may_look)
+        elif q.shape[2] == k.shape[2]:
+            out = attention(q, k, v, is_causal=True)
+        elif q.shape[2] == 1:
+            out = attention(q, k, v)
+        else:
+            ahead = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            out = attention(q, k, v, mask=ahead.tril(k.shape[2] - q.shape[2]))
+        return self.o_proj(join_heads(out))
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,99 @@
+"""Text with image places to one sequence of vectors: LLaVA's ``prepare_inputs_labels_for_multimodal``.
+
+Letters: B batch, T0 ids with a place an image, T joined rows, I images, P rows an image, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.errors import ModelError
+
+IMAGE_PLACE, IGNORED = -200, -100
+
+
+@dataclass(frozen=True)
+class Joined:
+    """embeds (B, T, D); labels (B, T), -100 at images and padding, or None; mask (B, T), True = a row; lengths."""
+
+    embeds: Tensor
+    labels: Tensor | None
+    mask: Tensor
+    lengths: list[int]
+
+
+def join(
+    ids: Tensor,
+    images: Sequence[Tensor],
+    embed: Callable[[Tensor], Tensor],
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    max_length: int | None = None,
+    padding_side: str = "right",
+) -> Joined:
+    """Put the vectors of the images at their places.
+
+    Args:
+        ids: (B, T0), ``IMAGE_PLACE`` where an image stands.
+        images: (P, D) of each image in reading order over the batch. A sample without a place takes one all the same,
+            with no row of it: its stand-in keeps the projector in the graph.
+        embed: ids -> vectors.
+        mask: (B, T0), True = a token; the others are dropped before anything else.
+        labels: (B, T0).
+        max_length: rows that are kept of each sample, from its beginning.
+        padding_side: where shorter samples are filled up.
+
+    Raises:
+        ModelError: another number of images than places and samples without one.
+    """
+    kept = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
+    wanted = sum(max(int((row == IMAGE_PLACE).sum()), 1) for row in kept)
+    if wanted != len(images):
+        raise ModelError(
+            f"{len(images)} images for {wanted} places: each <image> of a text takes one, and a text without <image> a "
+            "stand-in"
+        )
+    texts = torch.cat([row[row != IMAGE_PLACE] for row in kept])
+    vectors = embed(texts)
+    rows, targets, used, first = [], [], 0, 0
+    for number, row in enumerate(kept):
+        parts, marks = [], []
+        own = None if labels is None else labels[number] if mask is None else labels[number][mask[number].bool()]
+        places = (row == IMAGE_PLACE).nonzero().flatten().tolist()
+        begin = 0
+        for place in [*places, len(row)]:
+            length = place - begin
+            parts.append(vectors[first : first + length])
+            first += length
+            if own is not None:
+                marks.append(own[begin:place])
+            if place < len(row):
+                parts.append(images[used].to(vectors.dtype))
+                if own is not None:
+                    marks.append(own.new_full((len(images[used]),), IGNORED))
+                used += 1
+            begin = place + 1
+        if not places:
+            parts.append(images[used][:0].to(vectors.dtype))
+            used += 1
+        rows.append(torch.cat(parts)[:max_length])
+        if own is not None:
+            targets.append(torch.cat(marks)[:max_length])
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    embeds = torch.stack([_padded(row, longest, 0.0, padding_side) for row in rows])
+    joined_labels = None
+    if labels is not None:
+        joined_labels = torch.stack([_padded(row, longest, IGNORED, padding_side) for row in targets])
+    present = torch.stack(
+        [_padded(torch.ones_like(row[:, 0], dtype=torch.bool), longest, 0, padding_side) for row in rows]
+    )
+    return Joined(embeds, joined_labels, present, lengths)
+
+
+def _padded(row: Tensor, length: int, value: float, side: str) -> Tensor:
+    filling = row.new_full((length - len(row), *row.shape[1:]), value)
+    return torch.cat([row, filling] if side == "right" else [filling, row])
