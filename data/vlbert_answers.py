@@ -47,9 +47,11 @@ class AnswerList:
             DataError: missing, without ``<unk>``, or not as many answers as the config says.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
         except OSError as error:
             raise DataError(f"no answer list at {path} ({error.strerror}): give DATASET.ANSWER_VOCAB_FILE") from None
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is not UTF-8 text: save it as UTF-8") from None
         found = cls(lines, source=str(path))
         if num_answers is not None and len(found) != num_answers:
             raise DataError(f"{path} has {len(found)} answers, ANSWER_VOCAB_SIZE says {num_answers}: make them equal")
@@ -96,7 +98,7 @@ class AnswerList:
         Raises:
             DataError: no answer is frequent enough.
         """
-        counts = Counter(normalize_entry(answer.strip().lower()).strip() for answer in answers)
+        counts = Counter(" ".join(normalize_entry(answer.strip().lower()).split()) for answer in answers)
         kept = [answer for answer, count in counts.most_common() if count >= min_count and answer.strip()]
         if not kept:
             raise DataError(f"none of the {len(counts)} different answers occurs {min_count} times: lower the number")

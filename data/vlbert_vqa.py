@@ -251,8 +251,14 @@ class RegionPlaces:
             DataError: with the number of images that lack them, and the first few.
         """
         wanted: dict[str, set[int]] = {}
+        own: dict[int, str] = {}
         for record in records:
             wanted.setdefault(record.place, set()).add(record.image_id)
+            if record.place == OWN and own.setdefault(record.image_id, record.image) != record.image:
+                raise DataError(
+                    f"{own[record.image_id]} and {record.image} both end in {record.image_id}, by which their regions "
+                    "are found: give every image a number of its own"
+                )
         for place, images in wanted.items():
             for what, known in (("box file", self.sources[place].image_ids()), ("size", self._sizes.get(place))):
                 missing = () if known is None else sorted(images - set(known))

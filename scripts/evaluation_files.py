@@ -15,7 +15,7 @@ from engine.partial_results import PartialResults, weights_identity
 # flags that a model's outputs depend on, beside weights, data and precision; a program need not have them all
 _FLAGS = (
     *("task", "model", "model_key", "model_prefix", "vocab_size", "num_max_bpe_tokens", "eval_split", "shuffle_images"),
-    *("eval_batch_size", "skip_broken_images", "tf32", "compile"),
+    *("eval_batch_size", "skip_broken_images", "tf32", "compile", "settings_sha256"),
     *("decoding", "num_beams", "length_penalty", "top_p", "temperature", "seed"),
 )
 

@@ -1,6 +1,7 @@
 """Settings of ``scripts/vqa/train_end2end.py`` and ``scripts/vqa/test.py``: config file and flags (no torch here)."""
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from scripts.arguments import (
     positive_int,
     switch,
 )
-from scripts.vlbert_config import find_config, read_config
+from scripts.vlbert_config import as_yaml, find_config, read_config
 
 DEFAULT_CONFIG = "cfgs/vqa/base_4X16G_fp32.yaml"
 DEFAULT_MODEL_DIR = "output"
@@ -135,8 +136,10 @@ def _settled(args: argparse.Namespace, parser: argparse.ArgumentParser, *, train
             setattr(args, flag, getattr(args, flag) or getattr(args, place) or default)
         config_file = find_config(args.cfg)
         overrides = [*args.set, *([f"FINETUNE_STRATEGY={args.strategy}"] if args.strategy else [])]
+        overrides += ["REFERENCE_BEHAVIOUR=true"] if args.reference_behaviour else []
         args.config = read_config(config_file, overrides)
         args.config_name = config_file.stem
+        args.reference_behaviour = args.config["REFERENCE_BEHAVIOUR"]
         args.notes = []
         _check_config(args)
         _fill_in_shared(args, training=training)
@@ -203,6 +206,7 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     train = config["TRAIN"]
     args.run_dir = output_folder(args)
     args.task, args.model = config["DATASET"]["DATASET"], args.config_name
+    args.settings_sha256 = hashlib.sha256(as_yaml(config) + str(args.regions).encode()).hexdigest()
     args.data_path = config["DATASET"]["DATASET_PATH"]
     args.seed = config["RNG_SEED"] if args.seed is None else args.seed
     args.num_workers = config["NUM_WORKERS_PER_GPU"] if args.num_workers is None else args.num_workers
@@ -225,9 +229,21 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     if args.auto_resume is None:
         args.auto_resume = train["AUTO_RESUME"]
     if train["RESUME"] and not args.resume:
-        args.resume = str(args.run_dir / f"checkpoint-{train['BEGIN_EPOCH'] - 1}")
+        named = args.run_dir / f"checkpoint-{train['BEGIN_EPOCH'] - 1}"
+        # a run that has gone on since may have removed it
+        args.resume = "latest" if not named.exists() and (args.run_dir / "latest").exists() else str(named)
     if args.reference_adamw and train["OPTIMIZER"] != "AdamW":
         raise DataError(f"--reference_adamw goes with TRAIN.OPTIMIZER AdamW, not {train['OPTIMIZER']}")
+    if args.enable_deepspeed and args.zero_stage == 3 and config["FINETUNE_STRATEGY"] in POLICY_STRATEGIES:
+        raise DataError(
+            f"--zero_stage 3 does not go with {config['FINETUNE_STRATEGY']}: the processes run different layers; take "
+            "stage 2"
+        )
+    if args.do_test and (args.train_file or args.no_validation):
+        raise DataError(
+            "--do-test predicts TEST_IMAGE_SET with the best checkpoint: leave --train_file and "
+            "--no_validation out, or run scripts/vqa/test.py after the training"
+        )
     if args.do_test and args.enable_deepspeed:
         raise DataError("--do-test does not go with --enable_deepspeed: run scripts/vqa/test.py after the training")
     for flag, word in (("slurm", "srun's variables are found by themselves"), ("cudnn_off", "cuDNN stays on")):

@@ -158,6 +158,7 @@ SCHEMA: dict[str, Any] = {
     "VERSION": Key(text, "", "name of the run in Weights & Biases"),
     **_without_effect(dict.fromkeys(("MODULE", "POLICY_MODULE", "GPUS", "MODEL_PREFIX"))),
     "FINETUNE_STRATEGY": Key(_strategy, "standard", "see the table of strategies"),
+    "REFERENCE_BEHAVIOUR": Key(truth, False, "ours: SpotTune and SpotTune_Block in the published arithmetic"),
     "USE_CONSTRAIN_K_LOSS": Key(truth, False, "hold the mean number of chosen decisions near a number"),
     "CONSTRAIN_K_NUM_BLOCKS": Key(real(0), 4, "that number"),
     "CONSTRAIN_K_SCALE": Key(real(0), 1, "weight of that loss"),
@@ -319,6 +320,51 @@ def _merge(settings: dict[str, Any], given: Any, schema: dict[str, Any], place: 
         except ValueError as error:
             note = " (nothing else is implemented)" if entry.meaning.startswith("nothing else") else ""
             raise DataError(f"{place}: {full} must be {error}{note}, got {value!r:.80}") from None
+
+
+# what a checkpoint's numbers depend on beside its weights
+_OF_THE_MODEL = (
+    *("FINETUNE_STRATEGY", "REFERENCE_BEHAVIOUR", "SCALES", "NETWORK.VLBERT", "NETWORK.NO_GROUNDING"),
+    *("NETWORK.CLASSIFIER_TYPE", "NETWORK.IMAGE_FEAT_PRECOMPUTED", "NETWORK.IMAGE_NUM_LAYERS"),
+    *("NETWORK.IMAGE_C5_DILATED", "NETWORK.IMAGE_STRIDE_IN_1x1", "POLICY.VLBERT", "POLICY.CLASSIFIER_TYPE"),
+)
+_MAY_CHANGE = ("dropout", "_init", "initializer_range")
+
+
+def check_same_model(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on from, or to predict with, a checkpoint of another model than the settings describe.
+
+    Args:
+        path: ``config.yaml`` of the checkpoint; nothing is said where there is none.
+        settings: of this run.
+
+    Raises:
+        DataError: names the first key that differs, and both values.
+    """
+    if not path.is_file():
+        return
+    saved = read_config(path)
+    has_policy = settings["FINETUNE_STRATEGY"] in ("SpotTune", "SpotTune_Block", "BlockDrop")
+    for name in _OF_THE_MODEL:
+        if name.startswith("POLICY.") and not has_policy:
+            continue
+        one, other = (_at(values, name) for values in (saved, settings))
+        pairs = [(name, one, other)]
+        if isinstance(one, dict):
+            pairs = [(f"{name}.{key}", one[key], other[key]) for key in one]
+        for key, before, now in pairs:
+            listed = key.endswith("FROZEN_LAYERS") and settings["FINETUNE_STRATEGY"] != "specific_k"
+            if before != now and not listed and not any(part in key for part in _MAY_CHANGE):
+                raise DataError(
+                    f"{path.parent} was made with {key} {before}, not {now}: give the settings of that run, or another "
+                    "model directory for a new one"
+                )
+
+
+def _at(settings: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        settings = settings[part]
+    return settings
 
 
 def as_yaml(settings: dict[str, Any]) -> bytes:

@@ -1,7 +1,7 @@
 """Visual question answering with VL-BERT: its data, losses, validation with usage pictures, and prediction files."""
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.errors import DataError
 from data.images import decode_image, load_image
 from data.loader import EvalLoader, TrainLoader
+from data.own_vqa import own_answer
 from data.vlbert_answers import AnswerList
 from data.vlbert_dataset import VLBertCollate, VLBertDataset
 from data.vlbert_samplers import ShardBatchSampler
@@ -69,7 +70,7 @@ def load_answers(args: argparse.Namespace, questions: Sequence[Question], checkp
     settings = args.config["DATASET"]
     size = settings["ANSWER_VOCAB_SIZE"] or None
     if getattr(args, "build_answers", None):
-        said = (answer for question in questions for answer in ([question.main] if question.main else question.answers))
+        said = (answer for question in questions for answer in _answers_of(question))
         return AnswerList.build(said, min_count=args.build_answers, most=size)
     if checkpoint is not None and (checkpoint / ANSWERS).is_file():
         return AnswerList.load(checkpoint / ANSWERS)
@@ -78,16 +79,26 @@ def load_answers(args: argparse.Namespace, questions: Sequence[Question], checkp
     return AnswerList.load(settings["ANSWER_VOCAB_FILE"], size)
 
 
+def _answers_of(question: Question) -> Iterable[str]:
+    """What counts for the answer list: the most common answer, or of own data all of them as they are looked up."""
+    return [question.main] if question.main else map(own_answer, question.answers)
+
+
 def records_of(
     args: argparse.Namespace, questions: Sequence[Question], words: Vocabularies, *, labelled: bool = False
 ) -> list[VLBertRecord]:
-    """The first ``--limit_samples`` questions as records; ``labelled`` ones only, for own training data."""
+    """The first ``--limit_samples`` questions as records.
+
+    Raises:
+        DataError: as ``make_records``; ``labelled``: no question has a known answer (own data leave those out).
+    """
     records = make_records(
         questions[: args.limit_samples], words.tokenizer, words.answers, max_words=longest_question(args.config)
     )
-    records = [record for record in records if record.labels] if labelled else records
-    if not records:
-        raise DataError("no question has an answer of the answer list: give the list of these data")
+    if labelled and not any(record.labels for record in records):
+        raise DataError(
+            "no question has an answer of the answer list: give a set with answers, and the answer list of these data"
+        )
     return records
 
 
@@ -167,13 +178,16 @@ def train_and_val_loaders(
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """Loaders of a training run."""
     num_answers = len(words.answers)
-    records = records_of(args, questions, words, labelled=bool(args.train_file))
+    records = records_of(args, questions, words, labelled=True)
+    if args.train_file:
+        records = [record for record in records if record.labels]
     say(f"training: {len(records)} questions")
     train_loader = question_loader(args, records, num_answers, train=True, device=device)
     if args.no_validation:
         return train_loader, None
-    held_out = args.val_file or args.config["DATASET"]["VAL_IMAGE_SET"]
-    records = records_of(args, split_questions(args, held_out), words)
+    held_out = args.config["DATASET"]["VAL_IMAGE_SET"]
+    asked = read_own_questions(args.val_file) if args.val_file else split_questions(args, held_out)
+    records = records_of(args, asked, words, labelled=True)
     say(f"validation: {len(records)} questions")
     return train_loader, question_loader(args, records, num_answers, train=False, device=device)
 
@@ -213,7 +227,8 @@ def loss_fn(
         if step % steps_per_epoch == 0:
             counting.begin_counts(step // steps_per_epoch)
         chosen = answered.decisions.detach()
-        sums = torch.cat([chosen.sum(dim=0), chosen.new_full((1,), len(chosen))])
+        finite = chosen.isfinite().all(dim=1, keepdim=True)  # a step that fails is no decision
+        sums = torch.cat([torch.where(finite, chosen, 0.0).sum(dim=0), finite.sum(dim=0).to(chosen.dtype)])
         sums = distributed.all_reduce_(sums)
         counting.count(sums[:-1], sums[-1])
         values["decisions"] = chosen.sum(dim=1).mean()
@@ -283,10 +298,19 @@ def validation(
                 write_usage(folder, usage)
                 if hasattr(log, "picture"):
                     log.picture(f"{strategy} Finetuning Fraction: {mode}", folder / f"{usage.stem}.png")
-            write_usage_page(folder, title=f"{strategy}: what the policy chose")
+            write_usage_page(folder, newest=usages["val"], title=f"{strategy}: what the policy chose")
         return metrics | {"decisions": usages["val"].mean_used}
 
     return validate
+
+
+def check_split(args: argparse.Namespace, split: str, words: Vocabularies) -> None:
+    """Questions and regions of a split that will be predicted later are there.
+
+    Raises:
+        DataError: they are not.
+    """
+    find_region_places(args, records_of(args, split_questions(args, split), words))
 
 
 def run_prediction(
@@ -331,6 +355,6 @@ def run_prediction(
         return
     if distributed.is_main():
         write_results(args, name, records, predictions, words.answers, annotations, submission_name=f"{name}.json")
-        if samples:
+        if samples == len(records):  # nothing was known from before a stop
             print(f"decisions: {sum(counts) / samples:.2f} of {len(counts)} chosen per question")
     kept.remove()

@@ -168,5 +168,6 @@ class VisualLinguisticBert(nn.Module):
         positions = torch.where(is_end, words_there + 1, positions)
         types = text_types.gather(1, order.clamp(max=num_words - 1))
         types = torch.where(is_region | is_end, _REGION_TYPE, torch.where(mask, types, 0))
+        positions = positions.clamp(max=self.position_embeddings.num_embeddings - 1)  # padding may be beyond the table
         packed = packed + self.position_embeddings(positions) + self.token_type_embeddings(types)
         return self.embedding_dropout(self.embedding_LayerNorm(packed)), mask, order

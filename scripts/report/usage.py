@@ -80,14 +80,17 @@ def write_usage(folder: Path, usage: Usage) -> None:
     _write_bytes(folder / f"{usage.stem}.png", draw_heatmap(usage))
 
 
-def write_usage_page(folder: Path, *, title: str = "") -> None:
+def write_usage_page(folder: Path, *, newest: Usage | None = None, title: str = "") -> None:
     """``index.html``: curves over all epochs that have numbers in the folder, and their heat maps.
 
     Args:
         folder: what ``write_usage`` wrote into.
+        newest: the record of the epoch that has just ended; what an earlier run of another kind left is passed over.
         title: of the page.
     """
     found = sorted(read_usages(folder), key=lambda usage: (usage.epoch, MODES.index(usage.mode)))
+    if newest is not None:
+        found = [usage for usage in found if usage.epoch <= newest.epoch and _same_kind(usage, newest)]
     if not found:
         return
     title = title or f"{found[0].strategy}: what the policy chose"
@@ -100,6 +103,11 @@ def write_usage_page(folder: Path, *, title: str = "") -> None:
     )
     with open_atomic(folder / PAGE) as file:
         file.write(_PAGE.format(title=html.escape(title), style=STYLE, curves=curves, maps=maps))
+
+
+def _same_kind(one: Usage, other: Usage) -> bool:
+    layout = [list(map(len, usage.shares)) for usage in (one, other)]
+    return one.strategy == other.strategy and layout[0] == layout[1]
 
 
 def read_usages(folder: Path) -> list[Usage]:

@@ -28,7 +28,8 @@ from engine.backend import resolve_precision
 from engine.log import say
 from engine.run_folder import prepare_run_folder
 from scripts import vlbert_vqa
-from scripts.vlbert_model import Vocabularies, build_network, load_tokenizer, load_trained_weights
+from scripts.vlbert_config import check_same_model
+from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_tokenizer, load_trained_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.finetune).exists():
         raise DataError(f"no checkpoint at {args.finetune}: give one as --ckpt, or train with this config first")
     folder = Path(args.finetune) if Path(args.finetune).is_dir() else None
+    if folder is not None:
+        check_same_model(folder / CONFIG, args.config)
     answers = vlbert_vqa.load_answers(args, [], folder)
     words = Vocabularies(load_tokenizer(args.config, folder), answers)
     model = build_network(args.config, len(answers), words.tokenizer, reference=args.reference_behaviour)

@@ -37,7 +37,7 @@ from engine.schedule import Schedule, multi_step, triangle
 from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
-from scripts.vlbert_config import as_yaml
+from scripts.vlbert_config import as_yaml, check_same_model
 from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_first_weights, load_tokenizer
 from scripts.vlbert_optim import POLICY_PART, vlbert_parameter_groups
 from scripts.wandb_log import WandbLog
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     if output_dir is not None:
         resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
 
+    if resume_from is not None:
+        check_same_model(resume_from / CONFIG, args.config)
+
     # ---- 2. words and answers, network and policy, first weights ----
     say("reading questions and answers")
     questions = vlbert_vqa.training_questions(args)
@@ -70,10 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed + distributed.rank())
 
     # ---- 3. train, then perhaps predict ----
+    if args.do_test:
+        vlbert_vqa.check_split(args, args.config["DATASET"]["TEST_IMAGE_SET"], words)
     train_loader, val_loader = vlbert_vqa.train_and_val_loaders(args, questions, words, device=device)
     del questions
     train(args, model, words, train_loader, val_loader, device, dtype, output_dir, resume_from)
     if args.do_test and output_dir is not None:
+        args.eval_batch_size = args.config["TEST"]["BATCH_IMAGES"]
         test_best(args, model, words, device, output_dir)
     distributed.barrier()
     distributed.shutdown()

@@ -8,6 +8,7 @@ import torch
 
 from data.box_features import Regions
 from data.errors import DataError
+from data.own_vqa import own_answer
 from data.tokenizers.wordpiece import WordPieceTokenizer
 from data.vlbert_answers import AnswerList
 from data.vlbert_dataset import VLBertCollate, VLBertDataset
@@ -178,6 +179,15 @@ def test_own_images_are_known_by_the_number_at_the_end_of_their_names(tmp_path):
     path.write_text('{"image": "photo.jpg", "question": "red?"}\n')
     with pytest.raises(DataError, match=r"own.jsonl:1: the name of photo.jpg must end in a number"):
         read_own_questions(path)
+
+
+def test_every_answer_of_ones_own_list_is_found_again():
+    said = ["A dog", "Two", "None", "The park", "Yes!", "New\nYork"]
+    built = AnswerList.build(map(own_answer, said), min_count=1)
+    asked = [Question(n, n, "own", "x_1.jpg", "red?", (text,)) for n, text in enumerate(said)]
+    found = make_records(asked, TOKENIZER, built, max_words=9)
+    assert [record.scores for record in found] == [(1.0,)] * len(said)
+    assert all("\n" not in entry for entry in built.entries)
 
 
 def test_an_answer_list_built_from_data_has_the_most_frequent_ones():

@@ -169,3 +169,13 @@ def test_a_pooler_that_nobody_asks_waits_for_no_gradient():
     model = VLBertForVQA(config, 5, special_ids=IDS)
     model(*batch()).sum().backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_padding_beyond_the_position_table_does_no_harm():
+    """Regions share a position, so more of them than positions are fine, also beside a sample with few."""
+    model = small().eval()
+    boxes, sizes, question = batch(num_regions=60)
+    boxes[1, 3:] = -2
+    together = model(boxes, sizes, question)
+    alone = model(boxes[1:, :3], sizes[1:], question[1:])
+    assert torch.allclose(together[1:], alone, atol=1e-5)

@@ -333,7 +333,7 @@ def a_folder_of_another_run(case):
     return train_flags(case.models, "--no_auto_resume", data=case.data)
 
 
-@bad(r"was written by a run of another model|does not fit")
+@bad(r"checkpoint-0 was made with NETWORK.VLBERT.num_hidden_layers 3, not 2: give the settings of that run")
 def a_checkpoint_of_another_size(case):
     return train_flags(case.models, "--set=NETWORK.VLBERT.num_hidden_layers=2", data=case.data)
 
@@ -353,14 +353,71 @@ def a_checkpoint_that_is_not_there(case):
     return case.predict("--ckpt", case.tmp / "none")
 
 
-@bad(r"has no policy: it is no checkpoint of a run with this strategy, see --strategy")
+@bad(r"checkpoint-best was made with FINETUNE_STRATEGY standard, not BlockDrop: give the settings of that run")
 def a_strategy_that_the_checkpoint_was_not_trained_with(case):
     return case.predict(strategy="BlockDrop")
 
 
+@bad(r"checkpoint-best was made with REFERENCE_BEHAVIOUR False, not True")
+def another_arithmetic_than_that_of_the_training(case):
+    weights = trained_run("SpotTune") / "checkpoint-best"
+    return case.predict("--ckpt", weights, "--reference_behaviour", strategy="SpotTune")
+
+
+@bad(r"was made with NETWORK.NO_GROUNDING False, not True")
+def a_run_that_goes_on_as_another_model_of_the_same_shapes(case):
+    return train_flags(case.models, "--set=NETWORK.NO_GROUNDING=true", data=case.data)
+
+
+@bad(r"weights.pth has no policy: it is no checkpoint of a run with this strategy, see --strategy")
+def weights_without_a_policy(case):
+    shutil.copy(trained_run() / "checkpoint-best" / "model.pth", case.tmp / "weights.pth")
+    answers = trained_run() / "checkpoint-best" / "answers_vqa.txt"
+    more = ("--ckpt", case.tmp / "weights.pth", f"--set=DATASET.ANSWER_VOCAB_FILE={answers}")
+    return case.predict(*more, strategy="BlockDrop")
+
+
+@bad(r"--zero_stage 3 does not go with SpotTune: the processes run different layers; take stage 2")
+def a_policy_with_divided_weights(case):
+    return case.train("--enable_deepspeed", "--zero_stage", 3, strategy="SpotTune")
+
+
+@bad(r"--do-test predicts TEST_IMAGE_SET with the best checkpoint: leave --train_file and --no_validation out")
+def a_test_without_a_best_checkpoint(case):
+    return case.train("--do-test", "--no_validation")
+
+
+@bad(r"image set 'test2019' of vqa: choose")
+def a_test_of_an_image_set_that_is_not_there(case):
+    return case.train("--do-test", "--set=DATASET.TEST_IMAGE_SET=test2019")
+
+
+@bad(r"no question has an answer of the answer list: give a set with answers")
+def a_validation_without_answers(case):
+    return case.train("--set=DATASET.VAL_IMAGE_SET=test-dev2015")
+
+
+@bad(r"answers.txt is not UTF-8 text: save it as UTF-8")
+def answers_in_another_encoding(case):
+    (case.tmp / "answers.txt").write_bytes("<unk>\ncaf\xe9\n".encode("latin-1"))
+    flags = case.train(f"--set=DATASET.ANSWER_VOCAB_FILE={case.tmp}/answers.txt")
+    at = flags.index("--build_answers")
+    return flags[:at] + flags[at + 2 :]
+
+
+@bad(r"kitchen/1.jpg and garden/1.jpg both end in 1, by which their regions are found")
+def two_images_of_one_number(case):
+    rows = [{"image": f"{room}/1.jpg", "question": "red?", "answers": ["red"]} for room in ("kitchen", "garden")]
+    (case.tmp / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("--no_validation", "--regions", case.boxes, "--build_answers", 1)
+    return case.train("--train_file", case.tmp / "own.jsonl", *more)
+
+
 @bad(r"the checkpoint does not fit the model")
 def a_checkpoint_with_frozen_copies_as_a_plain_one(case):
-    return case.predict("--ckpt", trained_run("SpotTune") / "checkpoint-best")
+    shutil.copy(trained_run("SpotTune") / "checkpoint-best" / "model.pth", case.tmp / "weights.pth")
+    answers = trained_run() / "checkpoint-best" / "answers_vqa.txt"
+    return case.predict("--ckpt", case.tmp / "weights.pth", f"--set=DATASET.ANSWER_VOCAB_FILE={answers}")
 
 
 @bad(r"it looks like a pre-trained file, not a fine-tuned one")

@@ -66,6 +66,16 @@ def test_the_page_shows_every_epoch_and_is_the_same_after_a_resume(tmp_path):
     assert [usage.epoch for usage in read_usages(tmp_path)] == [0, 1, 2] * 2
 
 
+def test_what_an_earlier_run_of_another_kind_left_is_passed_over(tmp_path):
+    write_usage(tmp_path, make_usage("BlockDrop", "val", 5, [4, 2, 0], 4, 3))  # of a later epoch
+    write_usage(tmp_path, make_usage("BlockDrop", "val", 0, [4, 2], 4, 2))  # of fewer layers
+    write_usage(tmp_path, make_usage("SpotTune_Block", "val", 1, [4, 2, 0], 4, 3))
+    newest = make_usage("BlockDrop", "val", 2, [4, 2, 0], 4, 3)
+    write_usage(tmp_path, newest)
+    write_usage_page(tmp_path, newest=newest)
+    assert (tmp_path / "index.html").read_text().count("<figcaption>") == 1
+
+
 def test_nothing_is_drawn_without_numbers(tmp_path):
     write_usage_page(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -21,8 +21,8 @@ from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE
 from engine.weights import read_state_dict
 from models.errors import ModelError
 from models.vlbert import regions
-from models.vlbert.adaptive_vqa import AdaptiveVQA
-from scripts import pack_box_features
+from models.vlbert.adaptive_vqa import AdaptiveVQA, Answered
+from scripts import pack_box_features, vlbert_vqa
 from scripts.report.usage import read_usages
 from scripts.vlbert_args import _decisions, parse_args
 from scripts.vlbert_model import build_network, load_tokenizer
@@ -371,6 +371,33 @@ def test_the_policy_has_a_rate_and_a_schedule_of_its_own(tmp_path):
     # --lr 1e-2 stands for TRAIN.LR, and twice as much for the policy; six steps
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * f for f in (1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0)])
     assert [row["lr_policy"] for row in rows] == pytest.approx([2e-2 * f for f in (1 / 4, 2 / 4, 3 / 4, 1, 1 / 2, 0)])
+
+
+def test_a_step_that_is_not_finite_counts_no_decisions(tmp_path, monkeypatch):
+    original, calls = vlbert_vqa.forward, []
+
+    def spoiled(model: torch.nn.Module, batch: dict) -> Answered:
+        answered = original(model, batch)
+        calls.append(1)
+        return (
+            Answered(answered.logits * float("nan"), answered.decisions * float("nan")) if len(calls) == 3 else answered
+        )
+
+    monkeypatch.setattr(vlbert_vqa, "forward", spoiled)
+    program(*train_flags(tmp_path, "--no_validation", strategy="BlockDrop"))
+    state = read_state_dict(run_dir(tmp_path, "BlockDrop") / "checkpoint-0")
+    assert state["policy_samples"] == 55
+    assert 0 <= int(state["policy_decisions"].min()) <= int(state["policy_decisions"].max()) <= 55
+
+
+def test_resume_of_the_config_goes_on_after_its_checkpoint_is_gone(tmp_path):
+    more = ("--set=TRAIN.END_EPOCH=3", "--set=TRAIN.AUTO_RESUME=false", "--no_validation", "--limit_samples", 20)
+    program(*train_flags(tmp_path, *more, "--max_steps", 2))
+    resume = ("--set=TRAIN.RESUME=true", "--set=TRAIN.BEGIN_EPOCH=1")
+    program(*train_flags(tmp_path, *more, *resume, "--max_steps", 4))
+    assert not (run_dir(tmp_path) / "checkpoint-0").exists()
+    program(*train_flags(tmp_path, *more, *resume))
+    assert (run_dir(tmp_path) / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize("more", [["--reference_adamw"], ["--set=TRAIN.OPTIMIZER=SGD", "--set=POLICY.OPTIMIZER=SGD"]])
