@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,68 @@ def read_state_dict(path: str | Path, *, model_key: str = "model|module") -> dic
     return state
 
 
+def stream_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor one after the other, holding one shard at a time: for models that hardly fit into memory.
+
+    Args:
+        path: as in ``read_state_dict``; a folder with a sharded index, or a single file.
+
+    Yields:
+        Tensors on the CPU. Those of one shard may share its memory, so copy or convert them before the next shard.
+
+    Raises:
+        EngineError: missing, broken or unsafe file; a tensor that the index promises is in no shard.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FOLDER_FILES if (path / name).exists()]
+        if not found:
+            raise EngineError(f"{path} holds no weights: looked for {', '.join(FOLDER_FILES)}")
+        path = found[0]
+    _check_is_file(path)
+    if not path.name.endswith(".index.json"):
+        yield from _stream_file(path)
+        return
+    places = _weight_map(path)
+    for shard_name in sorted(set(places.values())):
+        shard = path.parent / shard_name
+        if not shard.is_file():
+            raise EngineError(f"{path} needs the shard {shard_name}, which is not in {path.parent}: download it")
+        promised = {name for name, place in places.items() if place == shard_name}
+        for name, value in _stream_file(shard):
+            promised.discard(name)
+            yield name, value
+        if promised:
+            raise EngineError(
+                f"{path} says that {min(promised)} is in {shard_name}, where it is not: download both again"
+            )
+
+
+def _stream_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    yield name, file.get_tensor(name)
+        except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
+            raise EngineError(f"{path} is not a sound safetensors file ({error}): {_what_it_is(path)}") from None
+        return
+    yield from read_state_dict(path).items()  # mapped: a tensor is read when it is looked at
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name → shard of a sharded index, checked."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(places.values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise EngineError(f"{index} is not a shard index: it needs an object with weight_map (name to file)") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise EngineError(f"{index} names the shard {name!r}: shards must lie beside their index")
+    return places
+
+
 def _refuse_odd_tensors(path: Path, state: dict[str, Tensor]) -> None:
     """Only dense numbers in memory are weights: a tensor may also be sparse, quantised, or a shape without content."""
     for name, value in state.items():
@@ -144,14 +206,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise EngineError(f"{index} is not a shard index: it needs an object with weight_map (name to file)") from None
     state: dict[str, Tensor] = {}
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise EngineError(f"{index} names the shard {name!r}: shards must lie beside their index")
+    for name in sorted(set(_weight_map(index).values())):
         shard = index.parent / name
         if not shard.is_file():
             raise EngineError(f"{index} needs the shard {name}, which is not in {index.parent}: download it")

@@ -119,6 +119,34 @@ class LlavaConfig:
     max_length: int | None = None
 
     @classmethod
+    def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> "LlavaConfig":
+        """From a ``config.json`` of transformers' layout, with ``text_config`` and ``vision_config`` inside.
+
+        The image token and what is filled up behind it have no rows here: the vocabulary ends before them.
+
+        Raises:
+            ModelError: names the key that is missing, of a wrong kind or asks for what is not implemented.
+        """
+        table = ConfigTable(values, where)
+        table.need("projector_hidden_act", ("gelu",), "gelu")
+        strategy = table.need("vision_feature_select_strategy", ("default", "full"), "default")
+        text, vision = (
+            ConfigTable(values.get(f"{part}_config"), f"{where}: {part}_config") for part in ("text", "vision")
+        )
+        image_token = values.get("image_token_index", values.get("image_token_id"))
+        if not is_positive_int(image_token):
+            raise ModelError(f"{where}: image_token_index must be a whole number above 0, got {image_token!r:.40}")
+        defaults = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+        sizes = {**defaults, **text.values, "vocab_size": image_token}
+        return cls(
+            text=LlamaConfig.from_dict(sizes, text.where),
+            mm_hidden_size=vision.read("hidden_size", is_positive_int, 1024),
+            mm_projector_type="mlp2x_gelu",
+            mm_vision_select_layer=table.read("vision_feature_layer", is_int, -2),
+            mm_vision_select_feature="patch" if strategy == "default" else "cls_patch",
+        )
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "LlavaConfig":
         """From a ``config.json`` of LLaVA's own layout.
 

@@ -1,0 +1,127 @@
+"""LLaVA's weights under any of their published names, one after the other into a model that has no memory yet.
+
+Sources of names: LLaVA's own layout, that of transformers' ``llava-hf`` files in three generations, plain Llama, CLIP.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.llava.llava import LlavaForCausalLM
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+_PROJECTOR = "model.mm_projector."
+_HF_PROJECTOR = {"linear_1": "0", "linear_2": "2"}
+# (begins with, becomes); the first that fits counts
+_PREFIXES = (
+    ("model.vision_tower.vision_tower.vision_model.", TOWER),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("model.vision_tower.vision_model.", TOWER),
+    ("model.vision_tower.", TOWER),
+    ("vision_tower.vision_model.", TOWER),
+    ("vision_model.", TOWER),
+)
+# nothing that this model has: old buffers, CLIP's text side, what newer versions of LLaVA add
+_IGNORED = re.compile(
+    r".*rotary_emb\.inv_freq|.*embeddings\.position_ids|text_model\..*|visual_projection\..*|text_projection\..*"
+    r"|logit_scale|model\.image_newline"
+)
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """Names that got values, and names of the files that have no place."""
+
+    loaded: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def own_name(name: str) -> str:
+    """Our name of a published one."""
+    found = re.fullmatch(r"(?:model\.)?multi_modal_projector\.(linear_[12])\.(weight|bias)", name)
+    if found:
+        return f"{_PROJECTOR}{_HF_PROJECTOR[found[1]]}.{found[2]}"
+    for old, new in _PREFIXES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+@torch.no_grad()
+def load_stream(
+    model: LlavaForCausalLM,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    skip: tuple[str, ...] = (),
+) -> StreamReport:
+    """Give a model its weights as they come; parameters on the meta device get their memory then.
+
+    Args:
+        model: perhaps on the meta device (``with torch.device("meta")``).
+        weights: published name and tensor, such as of ``engine.weights.stream_weights``.
+        dtype: of the parameters; None: that of the file.
+        skip: beginnings of our names that are left alone, such as ``TOWER``.
+
+    Raises:
+        ModelError: another shape, or a name that has no place and is no known remnant.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    tower_layers = len(model.tower.encoder.layers)
+    loaded, ignored = [], []
+    for given, value in weights:
+        name = own_name(given)
+        if name not in own or name.startswith(skip):
+            if not (name.startswith(skip) or _IGNORED.fullmatch(given) or _behind_the_tower(name, tower_layers)):
+                raise ModelError(
+                    f"{given} has no place in this model: give the weights of a LLaVA, Llama or CLIP of its size"
+                )
+            ignored.append(given)
+            continue
+        parameter = own[name]
+        if value.shape != parameter.shape:
+            # files of transformers have more rows: image and padding token, and filling up
+            longer = value.shape[0] > parameter.shape[0] and value.shape[1:] == parameter.shape[1:]
+            if not (longer and name in ("model.embed_tokens.weight", "lm_head.weight")):
+                raise ModelError(f"{given} is {tuple(value.shape)}, the model's {tuple(parameter.shape)}: other sizes")
+            value = value[: parameter.shape[0]]
+        _assign(model, name, parameter, value, dtype)
+        loaded.append(name)
+    return StreamReport(tuple(loaded), tuple(ignored))
+
+
+def _behind_the_tower(name: str, layers: int) -> bool:
+    """Whether it belongs to a part of the tower that nobody looks at."""
+    found = re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", name)
+    return name.startswith(f"{TOWER}post_layernorm.") or (found is not None and int(found[1]) >= layers)
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter, value: Tensor, dtype: torch.dtype | None) -> None:
+    value = value.to(dtype or value.dtype)
+    if not parameter.is_meta:
+        parameter.copy_(value)
+        return
+    parent, _, last = name.rpartition(".")
+    # a copy of its own: what comes from a file may be mapped, or share a shard's memory
+    setattr(model.get_submodule(parent), last, nn.Parameter(value.clone(), requires_grad=parameter.requires_grad))
+
+
+def missing_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters that are still without memory."""
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+
+@torch.no_grad()
+def start_projector(model: LlavaForCausalLM, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Random start values for a projector that no file has brought, as torch's linear layers have them."""
+    projector = model.model.mm_projector
+    projector.to_empty(device=device).to(dtype)
+    for layer in projector.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()

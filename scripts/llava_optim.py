@@ -1,0 +1,53 @@
+"""LLaVA's parameter groups: the projector may have a rate of its own; biases and norms do not decay."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from engine.errors import EngineError
+
+PROJECTOR = "mm_projector"
+
+
+def llava_parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, projector_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The original's four groups in its order; empty ones are left out.
+
+    Args:
+        named_parameters: of a ``LlavaForCausalLM``; frozen ones are left out.
+        lr: peak rate of all but the projector.
+        projector_lr: of the projector; None: the same.
+        weight_decay: of the groups that decay.
+
+    Returns:
+        Groups with ``name``, ``params``, ``param_names``, ``weight_decay`` and ``lr_scale``.
+
+    Raises:
+        EngineError: nothing is trainable, or a projector's rate beside a rate of 0.
+    """
+    if projector_lr is not None and lr <= 0:
+        raise EngineError("--mm_projector_lr needs a --learning_rate above 0")
+    scale = 1.0 if projector_lr is None else projector_lr / lr
+    groups = {
+        (part, decays): {
+            "name": f"{part}_{'decay' if decays else 'no_decay'}",
+            "params": [],
+            "param_names": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": scale if part == "projector" else 1.0,
+        }
+        for part in ("rest", "projector")
+        for decays in (True, False)
+    }
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            part = "projector" if PROJECTOR in name and projector_lr is not None else "rest"
+            group = groups[part, not ("bias" in name or "norm" in name)]
+            group["params"].append(parameter)
+            group["param_names"].append(name)
+    found = [group for group in groups.values() if group["params"]]
+    if not found:
+        raise EngineError("no parameter is trainable: everything is frozen")
+    return found
