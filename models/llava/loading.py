@@ -25,6 +25,7 @@ _PREFIXES = (
     ("model.vision_tower.vision_model.", TOWER),
     ("model.vision_tower.", TOWER),
     ("vision_tower.vision_model.", TOWER),
+    ("vision_tower.", TOWER),
     ("vision_model.", TOWER),
 )
 # nothing that this model has: old buffers, CLIP's text side, what newer versions of LLaVA add
