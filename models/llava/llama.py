@@ -5,6 +5,7 @@ Source: Touvron et al. 2023; arithmetic and key names of transformers' LlamaForC
 Letters: B batch, T new tokens, K tokens that are looked at, D width, H heads, G heads of keys, C channels of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,7 @@ class LlamaModel(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         cache: Cache | None = None,
         keep_layers: bool = False,
     ) -> Decoded:
@@ -98,20 +100,26 @@ class LlamaModel(nn.Module):
             mask: (B, K), True = a token, False = padding; None: nothing is padded. Padding at the end needs no mask as
                 long as nobody reads what comes out for it: no token looks ahead.
             positions: (B, T) of the new tokens; 0, 1, … from the cache's length on if None.
+            lengths: of samples that lie one behind the other in a single row, B = 1; none sees another, and each begins
+                at position 0.
             cache: of the tokens before; gets the new ones too.
             keep_layers: give the tokens after each layer as well.
         """
         past = 0 if cache is None else cache.length
-        if positions is None:
+        if lengths is not None:
+            if cache is not None or mask is not None or (tokens.shape[0], sum(lengths)) != (1, tokens.shape[1]):
+                raise ModelError("samples one behind the other fill one row, without mask and cache")
+            positions = torch.cat([torch.arange(length, device=tokens.device) for length in lengths])[None]
+        elif positions is None:
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         rotation = rotary(positions, self.config, tokens.dtype)
         may_look = None if mask is None else _may_look(mask, tokens.shape[1])
         layers = [tokens] if keep_layers else None
         for number, layer in enumerate(self.layers):
             if self.checkpoint_layers and torch.is_grad_enabled():
-                tokens = checkpoint(layer, tokens, rotation, may_look, use_reentrant=False)
+                tokens = checkpoint(layer, tokens, rotation, may_look, lengths, use_reentrant=False)
             else:
-                tokens = layer(tokens, rotation, may_look, cache, number)
+                tokens = layer(tokens, rotation, may_look, lengths, cache, number)
             if layers is not None:
                 layers.append(tokens)
         if cache is not None:
@@ -157,10 +165,11 @@ class _Layer(nn.Module):
         tokens: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_look: Tensor | None,
+        lengths: Sequence[int] | None = None,
         cache: Cache | None = None,
         number: int = 0,
     ) -> Tensor:
-        tokens = tokens + self.self_attn(self.input_layernorm(tokens), rotation, may_look, cache, number)
+        tokens = tokens + self.self_attn(self.input_layernorm(tokens), rotation, may_look, lengths, cache, number)
         return tokens + self.mlp(self.post_attention_layernorm(tokens))
 
 
@@ -179,6 +188,7 @@ class _Attention(nn.Module):
         tokens: Tensor,
         rotation: tuple[Tensor, Tensor],
         may_look: Tensor | None,
+        lengths: Sequence[int] | None,
         cache: Cache | None,
         number: int,
     ) -> Tensor:
@@ -189,7 +199,10 @@ class _Attention(nn.Module):
             k, v = cache.extend(number, k, v)
         if self._heads != self._key_heads:
             k, v = (x.repeat_interleave(self._heads // self._key_heads, dim=1) for x in (k, v))
-        if may_look is not None:
+        if lengths is not None:
+            parts = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
+            out = torch.cat([attention(*part, is_causal=True) for part in parts], dim=2)
+        elif may_look is not None:
             out = attention(q, k, v, mask=may_look)
         elif q.shape[2] == k.shape[2]:
             out = attention(q, k, v, is_causal=True)

@@ -7,6 +7,7 @@ Letters: B batch, T0 ids with a place an image, T joined rows, I images, P rows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,17 @@ from models.linear import Linear
 from models.llava.config import LlavaConfig
 from models.llava.llama import LlamaModel
 from models.llava.projector import build_projector
-from models.llava.splice import Joined, join
+from models.llava.splice import IGNORED, Joined, Rows, join_rows, pad_rows
 from models.losses import chunked_cross_entropy
 
 
 @dataclass(frozen=True)
 class Scored:
-    """logits (B, T, V) where they were asked for; loss; labels and mask of the joined rows."""
+    """loss, a scalar, or None; logits (B, T, V) and the joined rows where they were asked for."""
 
-    logits: Tensor | None
     loss: Tensor | None
-    joined: Joined
+    logits: Tensor | None = None
+    joined: Joined | None = None
 
 
 class LlavaForCausalLM(nn.Module):
@@ -71,7 +72,7 @@ class LlavaForCausalLM(nn.Module):
         """(I, P, C) features of the tower -> (I, P, D)."""
         return self.model.mm_projector(features)
 
-    def join(
+    def rows(
         self,
         ids: Tensor,
         pixels: Tensor | None = None,
@@ -79,21 +80,17 @@ class LlavaForCausalLM(nn.Module):
         features: Tensor | None = None,
         mask: Tensor | None = None,
         labels: Tensor | None = None,
-        padding_side: str | None = None,
-    ) -> Joined:
-        """Text with image places, and images or their features, to one sequence a sample (``splice.join``)."""
+    ) -> Rows:
+        """Text with image places, and images or their features, to the rows of each sample (``splice.join_rows``)."""
         if features is None and pixels is not None:
             features = self.tower_features(pixels)
         vectors: Sequence[Tensor] = [] if features is None else list(self.image_vectors(features))
-        return join(
-            ids,
-            vectors,
-            self.model.embed_tokens,
-            mask=mask,
-            labels=labels,
-            max_length=self.config.max_length,
-            padding_side=padding_side or self.config.padding_side,
-        )
+        embed, longest = self.model.embed_tokens, self.config.max_length
+        return join_rows(ids, vectors, embed, mask=mask, labels=labels, max_length=longest)
+
+    def join(self, *inputs: Any, padding_side: str | None = None, **more: Any) -> Joined:
+        """The same as one batch, filled up on one side; arguments as ``rows``."""
+        return pad_rows(self.rows(*inputs, **more), padding_side or self.config.padding_side)
 
     def forward(
         self,
@@ -107,22 +104,31 @@ class LlavaForCausalLM(nn.Module):
     ) -> Scored:
         """Loss over the answers' words, or logits.
 
+        For a loss the samples lie one behind the other, without padding, and none sees another.
+
         Args:
             ids: (B, T0), -200 where an image stands.
             pixels: (I, 3, S, S) in reading order; one stand-in for each sample without an image.
             features: (I, P, C) of the tower in their place.
             mask: (B, T0), True = a token.
             labels: (B, T0), -100 where nothing is to be learnt.
-            with_logits: give all logits, which take much memory.
+            with_logits: give all logits of the padded batch, which take much memory.
         """
-        joined = self.join(ids, pixels, features=features, mask=mask, labels=labels)
+        rows = self.rows(ids, pixels, features=features, mask=mask, labels=labels)
+        if rows.labels is not None and not with_logits:
+            lengths = [len(row) for row in rows.embeds]
+            hidden = self.model.decode(torch.cat(rows.embeds)[None], lengths=lengths).tokens[0]
+            # what a row foretells is the next label of its own sample
+            targets = torch.cat([torch.cat([row[1:], row.new_full((1,), IGNORED)]) for row in rows.labels])
+            return Scored(chunked_cross_entropy(hidden, self.lm_head, targets))
+        joined = pad_rows(rows, self.config.padding_side)
         # padding at the end is behind everything that is read: the causal kernel needs no mask
         left = self.config.padding_side == "left" and len(set(joined.lengths)) > 1
         hidden = self.model.decode(joined.embeds, mask=joined.mask if left else None).tokens
         loss = None
         if joined.labels is not None:
             loss = chunked_cross_entropy(hidden[:, :-1], self.lm_head, joined.labels[:, 1:])
-        return Scored(self.lm_head(hidden).float() if with_logits or labels is None else None, loss, joined)
+        return Scored(loss, self.lm_head(hidden).float(), joined)
 
 
 def _layers_of_tower(select: int, num_layers: int) -> int:

@@ -15,6 +15,14 @@ IMAGE_PLACE, IGNORED = -200, -100
 
 
 @dataclass(frozen=True)
+class Rows:
+    """embeds: (T, D) of each sample; labels: (T,) of each, -100 at images; None where none were given."""
+
+    embeds: list[Tensor]
+    labels: list[Tensor] | None
+
+
+@dataclass(frozen=True)
 class Joined:
     """embeds (B, T, D); labels (B, T), -100 at images and padding, or None; mask (B, T), True = a row; lengths."""
 
@@ -24,7 +32,7 @@ class Joined:
     lengths: list[int]
 
 
-def join(
+def join_rows(
     ids: Tensor,
     images: Sequence[Tensor],
     embed: Callable[[Tensor], Tensor],
@@ -32,9 +40,8 @@ def join(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     max_length: int | None = None,
-    padding_side: str = "right",
-) -> Joined:
-    """Put the vectors of the images at their places.
+) -> Rows:
+    """Put the vectors of the images at their places, sample by sample.
 
     Args:
         ids: (B, T0), ``IMAGE_PLACE`` where an image stands.
@@ -44,7 +51,6 @@ def join(
         mask: (B, T0), True = a token; the others are dropped before anything else.
         labels: (B, T0).
         max_length: rows that are kept of each sample, from its beginning.
-        padding_side: where shorter samples are filled up.
 
     Raises:
         ModelError: another number of images than places and samples without one.
@@ -56,8 +62,7 @@ def join(
             f"{len(images)} images for {wanted} places: each <image> of a text takes one, and a text without <image> a "
             "stand-in"
         )
-    texts = torch.cat([row[row != IMAGE_PLACE] for row in kept])
-    vectors = embed(texts)
+    vectors = embed(torch.cat([row[row != IMAGE_PLACE] for row in kept]))
     rows, targets, used, first = [], [], 0, 0
     for number, row in enumerate(kept):
         parts, marks = [], []
@@ -82,16 +87,20 @@ def join(
         rows.append(torch.cat(parts)[:max_length])
         if own is not None:
             targets.append(torch.cat(marks)[:max_length])
-    lengths = [len(row) for row in rows]
+    return Rows(rows, None if labels is None else targets)
+
+
+def pad_rows(rows: Rows, padding_side: str = "right") -> Joined:
+    """Samples of unequal length as one batch, filled up on one side."""
+    lengths = [len(row) for row in rows.embeds]
     longest = max(lengths)
-    embeds = torch.stack([_padded(row, longest, 0.0, padding_side) for row in rows])
-    joined_labels = None
-    if labels is not None:
-        joined_labels = torch.stack([_padded(row, longest, IGNORED, padding_side) for row in targets])
-    present = torch.stack(
-        [_padded(torch.ones_like(row[:, 0], dtype=torch.bool), longest, 0, padding_side) for row in rows]
-    )
-    return Joined(embeds, joined_labels, present, lengths)
+    embeds = torch.stack([_padded(row, longest, 0.0, padding_side) for row in rows.embeds])
+    labels = None
+    if rows.labels is not None:
+        labels = torch.stack([_padded(row, longest, IGNORED, padding_side) for row in rows.labels])
+    ones = [torch.ones(length, dtype=torch.bool, device=embeds.device) for length in lengths]
+    present = torch.stack([_padded(row, longest, 0, padding_side) for row in ones])
+    return Joined(embeds, labels, present, lengths)
 
 
 def _padded(row: Tensor, length: int, value: float, side: str) -> Tensor:

@@ -209,10 +209,16 @@ def test_joined_sequences_logits_and_loss(multimodal, case):
     if labels is not None:
         assert torch.equal(scored.joined.labels, expected["labels"])
         assert_close(scored.loss, expected["loss"], rtol=FORWARD, atol=0, equal_nan=True)
+    if labels is not None and scored.loss.isfinite():
+        packed = model(ids, pixels, mask=mask, labels=labels)
+        assert packed.logits is None
+        assert_close(packed.loss, expected["loss"], rtol=FORWARD, atol=0)
     if case == "right":
-        scored.loss.backward()
-        assert_near(scored.loss.detach(), recording["loss"])
-        assert_grads(model, recording["grads"])
+        for loss in (scored.loss, packed.loss):
+            model.zero_grad()
+            loss.backward()
+            assert_near(loss.detach(), recording["loss"])
+            assert_grads(model, recording["grads"])
 
 
 # ---- adapters ----
