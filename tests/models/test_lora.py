@@ -1,0 +1,123 @@
+"""Adapters: nothing at first, all that trains afterwards, the same merged, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from models.errors import ModelError
+from models.linear import Linear
+from models.lora import LoRAConfig, LoRALinear, adapter_state, add_adapters, load_adapters, merge_adapters
+
+CONFIG = LoRAConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=("q_proj", "o_proj"))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj, self.other = Linear(5, 6), Linear(6, 5, bias=False), Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(x + self.o_proj(torch.relu(self.q_proj(x))))
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block()
+
+
+def trained(block: Block) -> None:
+    for name, parameter in block.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+
+
+def test_an_untrained_adapter_changes_nothing_at_all(block):
+    x = torch.randn(4, 5)
+    before = block(x)
+    assert sorted(add_adapters(block, CONFIG)) == ["o_proj", "q_proj"]
+    assert torch.equal(block(x), before)
+
+
+def test_only_the_adapters_move_and_the_weights_keep_their_names(block):
+    names = set(block.state_dict())
+    add_adapters(block, CONFIG)
+    block.other.requires_grad_(False)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    assert {name for name in before if "lora_" not in name} == names
+    optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        block(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, value in block.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_merged_is_unmerged(block):
+    add_adapters(block, CONFIG)
+    trained(block)
+    x = torch.randn(4, 5)
+    before = block(x)
+    merge_adapters(block)
+    assert not any(isinstance(module, LoRALinear) for module in block.modules())
+    assert_close(block(x), before, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_acts_on_the_adapters_input_alone(block):
+    add_adapters(block, LoRAConfig(r=3, lora_alpha=6, lora_dropout=0.5, target_modules=("q_proj",)))
+    x = torch.randn(4, 5)
+    assert torch.equal(block.train()(x), block.train()(x))  # the change is still nothing
+    trained(block)
+    assert not torch.equal(block.train()(x), block.train()(x))
+    assert torch.equal(block.eval()(x), block.eval()(x))
+
+
+def test_what_is_saved_can_be_loaded_under_every_name_of_pefts(block):
+    add_adapters(block, CONFIG)
+    trained(block)
+    saved = {name: value.clone() for name, value in adapter_state(block.state_dict()).items()}
+    assert all(name.startswith("base_model.model.") for name in saved)
+    x = torch.randn(4, 5)
+    expected = block(x)
+    for form in (lambda name: name, lambda name: name.replace(".weight", ".default.weight")):
+        torch.manual_seed(0)
+        other = Block()
+        add_adapters(other, CONFIG)
+        load_adapters(other, {form(name): value for name, value in saved.items()})
+        assert torch.equal(other(x), expected)
+    tower = {"base_model.model.model.vision_tower.q_proj.lora_A.weight": torch.zeros(3, 5)}
+    load_adapters(other, saved | tower, ignore=("vision_tower",))
+
+
+def test_adapters_that_do_not_fit_are_refused(block):
+    with pytest.raises(ModelError, match="no linear layer is called k_proj"):
+        add_adapters(block, LoRAConfig(target_modules=("q_proj", "k_proj")))
+    torch.manual_seed(0)
+    block = Block()
+    add_adapters(block, CONFIG)
+    saved = adapter_state(block.state_dict())
+    short = {name: value for name, value in saved.items() if "o_proj" not in name}
+    with pytest.raises(ModelError, match=r"the adapter lacks o_proj.lora_A.weight"):
+        load_adapters(block, short)
+    with pytest.raises(ModelError, match="for which there is no place"):
+        load_adapters(block, saved | {"base_model.model.x.lora_A.weight": torch.zeros(1)})
+    name = "base_model.model.q_proj.lora_A.weight"
+    with pytest.raises(ModelError, match=r"q_proj.lora_A.weight is \(4, 5\), here \(3, 5\)"):
+        load_adapters(block, saved | {name: torch.zeros(4, 5)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"rank_pattern": {"q": 4}},
+        {"modules_to_save": ["lm_head"]}, {"r": 0}, {"target_modules": "all-linear"}, {"fan_in_fan_out": True},
+    ],
+)  # fmt: skip
+def test_options_that_change_the_arithmetic_are_refused_by_name(change):
+    values = CONFIG.as_dict()
+    assert LoRAConfig.from_dict(values).scale == CONFIG.scale
+    (key,) = change
+    with pytest.raises(ModelError, match=key):
+        LoRAConfig.from_dict(values | change)
