@@ -1,0 +1,187 @@
+"""LLaVA's order of samples: those of one step are of like length, and all with images or all without.
+
+Source: ``LengthGroupedSampler`` of LLaVA (``llava/train/llava_trainer.py``), option ``group_by_modality_length``. Which
+samples a step reads depends on the size of the step alone, not on how it is cut into processes and micro-batches.
+
+Deliberate differences: the draws come from a generator of our own with seed + epoch, so that all processes agree and a
+resumed run goes on as an unbroken one; samples that do not fill the last step are left out instead of repeating others.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from data.errors import DataError
+from data.samplers import SampleKey
+
+IMAGE_LENGTH = 128  # what the original adds for an image where it does not tell modalities apart
+
+
+def words_of(conversations: Iterable[Mapping[str, Any]]) -> int:
+    """Number of words between white space over all turns; ``<image>`` counts as one if it stands alone."""
+    return sum(len(turn["value"].split()) for turn in conversations)
+
+
+def sample_length(sample: Mapping[str, Any]) -> int:
+    """Length of a sample of the training file for ``group_by_length``."""
+    return words_of(sample["conversations"]) + (IMAGE_LENGTH if "image" in sample else 0)
+
+
+def modality_length(sample: Mapping[str, Any]) -> int:
+    """Length of a sample of the training file for ``group_by_modality_length``: below 0 for one without an image."""
+    words = words_of(sample["conversations"])
+    return words if "image" in sample else -words
+
+
+def even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
+    """Deal samples out into chunks of equal number and similar total length.
+
+    Args:
+        indices: samples, the longest first.
+        lengths: of all samples, by index.
+        num_chunks: how many. If it does not divide the number of samples, every ``num_chunks``-th goes to a chunk.
+    """
+    if len(indices) % num_chunks:
+        return [list(indices[first::num_chunks]) for first in range(num_chunks)]
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    totals = [0.0] * num_chunks
+    for index in indices:
+        shortest = totals.index(min(totals))
+        chunks[shortest].append(index)
+        totals[shortest] += lengths[index]
+        if len(chunks[shortest]) * num_chunks == len(indices):
+            totals[shortest] = float("inf")  # full
+    return chunks
+
+
+def grouped_order(lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator) -> list[int]:
+    """Random order in which samples of like length come together.
+
+    Args:
+        lengths: of all samples.
+        batch_size: of one process and micro-batch.
+        num_batches: of a step: processes times accumulation.
+        generator: one permutation is drawn from it.
+
+    Returns:
+        Every index once. Steps are consecutive runs of ``batch_size * num_batches``, batches are runs in these.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    result: list[int] = []
+    for block in _blocks(order, batch_size * num_batches):
+        block.sort(key=lambda index: lengths[index], reverse=True)  # reverse keeps the order of equals
+        for chunk in even_chunks(block, lengths, num_batches):
+            result += chunk
+    return result
+
+
+def modality_grouped_order(
+    lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator
+) -> list[int]:
+    """``grouped_order`` in which a step has either samples with images or samples without, but for the last ones.
+
+    The last blocks of both kinds, which may be short, are joined and come at the end, in the order of the file.
+
+    Args:
+        lengths: of all samples; below 0 for those without an image. With one kind alone this is ``grouped_order`` of
+            the numbers as they are, so texts then come shortest first, as in the original.
+        batch_size: of one process and micro-batch.
+        num_batches: of a step: processes times accumulation.
+        generator: three permutations are drawn from it: of images, of texts, of blocks.
+
+    Raises:
+        DataError: a length is 0, so its sample is of neither kind.
+    """
+    _check_lengths(lengths)
+    with_image = [index for index, length in enumerate(lengths) if length > 0]
+    without_image = [index for index, length in enumerate(lengths) if length < 0]
+    if not with_image or not without_image:
+        return grouped_order(lengths, batch_size, num_batches, generator)
+    blocks: list[list[int]] = []
+    remainder: list[int] = []
+    for kind in (with_image, without_image):
+        order = grouped_order([abs(lengths[index]) for index in kind], batch_size, num_batches, generator)
+        *whole, last = _blocks([kind[place] for place in order], batch_size * num_batches)
+        blocks += whole
+        remainder += last
+    shuffled = torch.randperm(len(blocks), generator=generator).tolist()
+    return [index for number in shuffled for index in blocks[number]] + sorted(remainder)
+
+
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if 0 in lengths:
+        raise DataError(
+            f"sample {list(lengths).index(0)} (counted from 0) has no words at all: remove it from the training file"
+        )
+
+
+def _blocks(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class LengthGroupedSampler:
+    """Micro-batches of one process, grouped by length and kind (the interface of ``TrainBatchSampler``).
+
+    Every optimizer step is whole, and no sample comes twice in an epoch.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """See the class.
+
+        Args:
+            lengths: ``modality_length`` of every sample.
+            batch_size: of one process and micro-batch.
+            accumulation_steps: micro-batches of a step.
+            rank: of this process.
+            world_size: number of processes.
+            seed: the same on all processes. Epoch e has the order that the original has for the seed ``seed + e``.
+
+        Raises:
+            DataError: no positive batch size, a length of 0, or fewer samples than one step needs.
+        """
+        if batch_size < 1 or accumulation_steps < 1:
+            raise DataError(
+                "--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1, "
+                f"got {batch_size} and {accumulation_steps}"
+            )
+        _check_lengths(lengths)
+        self.samples_per_step = batch_size * accumulation_steps * world_size
+        self.steps_per_epoch = len(lengths) // self.samples_per_step
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{len(lengths)} training samples do not fill one step of {self.samples_per_step} "
+                f"(batch size {batch_size} x accumulation {accumulation_steps} x processes {world_size}): "
+                "lower --per_device_train_batch_size or add data"
+            )
+        self._lengths, self._batch_size, self._accumulation_steps = lengths, batch_size, accumulation_steps
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._epoch, self._first_step = 0, 0
+
+    def set_position(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration runs from optimizer step ``first_step`` of ``epoch`` to the epoch's end."""
+        self._epoch, self._first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        """Number of micro-batches of the next iteration."""
+        return (self.steps_per_epoch - self._first_step) * self._accumulation_steps
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Lists of keys, one list a micro-batch."""
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        num_batches = self._world_size * self._accumulation_steps
+        order = modality_grouped_order(self._lengths, self._batch_size, num_batches, generator)
+        for step in range(self._first_step, self.steps_per_epoch):
+            for micro_batch in range(self._accumulation_steps):
+                start = step * self.samples_per_step
+                start += (micro_batch * self._world_size + self._rank) * self._batch_size
+                yield [SampleKey(self._epoch, index) for index in order[start : start + self._batch_size]]

@@ -1,0 +1,358 @@
+"""Files of VizWiz: the original lists and the course's columns in, LLaVA's training file, uploads and submissions out.
+
+Sources: the file formats of VizWiz-VQA; ``format_dataset_for_llava.py`` and ``format_result_for_submission.py`` of the
+course competition's LLaVA pipeline; LLaVA's ``convert_vizwiz_for_submission.py``.
+
+Deliberate differences: an answer that is empty once normalised, which nothing can be learnt from, gives way to the next
+one; an image name that does not end in .jpg is kept as it is.
+"""
+
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import DataError
+from data.files import check_relative, iterate_jsonl, parse_json, read_json
+from data.metrics.vizwiz import normalize_evalai, process_text, ten_choose_nine
+
+UNANSWERABLE = "unanswerable"
+# LLaVA's prompt for VizWiz, behind the question
+SUFFIX = (
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    "\nAnswer the question using a single word or phrase."
+)
+ANSWER_CHOICES = ("mode", "soft")
+CONFIDENCES = ("yes", "maybe", "no")
+_ROW_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_KEYS = ("image", "question", "answers", "answer_type", "answerable")
+
+
+@dataclass(frozen=True)
+class VizWizAnswer:
+    """What one person said; ``confidence`` is one of ``CONFIDENCES``, or None if the file does not tell."""
+
+    text: str
+    confidence: str | None = None
+
+
+@dataclass(frozen=True)
+class VizWizRow:
+    """One question about one image.
+
+    Attributes:
+        image: path below the image folder; without its ending it tells the rows of a file apart.
+        question: raw.
+        answers: usually ten; none where they are hidden.
+        answer_type: such as ``yes/no``, if the file tells.
+        is_answerable: if the file tells.
+    """
+
+    image: str
+    question: str
+    answers: tuple[VizWizAnswer, ...] = ()
+    answer_type: str | None = None
+    is_answerable: bool | None = None
+
+    @property
+    def id(self) -> str:
+        """Name of the image without its ending, by which LLaVA's files tell questions apart."""
+        return os.path.splitext(self.image)[0]
+
+
+def read_rows(path: str | Path) -> list[VizWizRow]:
+    """Read ``train.json`` or ``valid.json`` of the course (columns), or a list of objects as VizWiz publishes it.
+
+    Args:
+        path: ``{"image": {"0": ...}, "question": {"0": ...}, "answers": {"0": [...]}}`` or
+            ``[{"image": ..., "question": ..., "answers": [...], "answer_type": ..., "answerable": ...}]``; all but
+            image and question may be absent.
+
+    Returns:
+        The rows, by number.
+
+    Raises:
+        DataError: names the file and the row that is not of this form, or whose image another row has.
+    """
+    content = read_json(path, advice="it is one of the annotation files of VizWiz or of the course competition")
+    if isinstance(content, dict):
+        numbered = _rows_of_columns(content, path)
+    elif isinstance(content, list):
+        numbered = enumerate(content)
+    else:
+        raise DataError(f"{path} must hold a list of rows or an object of columns, got {content!r:.40}")
+    rows: list[VizWizRow] = []
+    row_of: dict[str, int] = {}
+    for number, values in numbered:
+        row = _parse_row(values, f"{path}: row {number}")
+        if row.id in row_of:
+            raise DataError(
+                f"{path}: row {number} has the image name {row.id!r:.80} of row {row_of[row.id]}; answers are told "
+                "apart by it: remove one of the two or rename the image"
+            )
+        row_of[row.id] = number
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} has no rows: download it again")
+    return rows
+
+
+def _rows_of_columns(columns: dict[str, Any], path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = {name: columns[name] for name in _KEYS if name in columns}
+    for name in ("image", "question"):
+        if name not in columns:
+            raise DataError(f'{path} has no column "{name}": it must be an object of columns, or a list of rows')
+    for name, column in columns.items():
+        if not isinstance(column, dict):
+            raise DataError(f'{path}: column "{name}" must be an object with row numbers as keys, got {column!r:.40}')
+        for key in column:
+            if not _ROW_NUMBER.fullmatch(key):
+                raise DataError(f'{path}: column "{name}" has the key {key!r:.40}, keys must be row numbers')
+        uneven = column.keys() ^ columns["image"].keys()
+        if uneven:
+            row = min(uneven, key=int)
+            raise DataError(f'{path}: row {row} is not in both columns "image" and "{name}": download the file again')
+    for key in sorted(columns["image"], key=int):  # the file may have them as text sorts: 0, 1, 10, 2
+        yield int(key), {name: column[key] for name, column in columns.items()}
+
+
+def _parse_row(values: Any, where: str) -> VizWizRow:
+    if not isinstance(values, dict):
+        raise DataError(f'{where} must be an object {{"image": name, "question": text}}, got {values!r:.80}')
+    question, answer_type, answerable = (values.get(key) for key in ("question", "answer_type", "answerable"))
+    if type(question) is not str:
+        raise DataError(f'{where}: "question" must be a text, got {question!r:.80}')
+    if answer_type is not None and type(answer_type) is not str:
+        raise DataError(f'{where}: "answer_type" must be a text, got {answer_type!r:.80}')
+    if answerable is not None and answerable not in (0, 1):
+        raise DataError(f'{where}: "answerable" must be 0 or 1, got {answerable!r:.80}')
+    answers = values.get("answers")
+    if answers is not None and (not isinstance(answers, list) or not answers):
+        raise DataError(f'{where}: "answers" must be a list of what people said, got {answers!r:.80}')
+    return VizWizRow(
+        check_relative(values.get("image"), where),
+        question,
+        tuple(_parse_answer(answer, where) for answer in answers or ()),
+        answer_type,
+        None if answerable is None else bool(answerable),
+    )
+
+
+def _parse_answer(answer: Any, where: str) -> VizWizAnswer:
+    text, confidence = (answer.get("answer"), answer.get("answer_confidence")) if type(answer) is dict else (None, None)
+    if type(text) is not str or confidence not in (*CONFIDENCES, None):
+        raise DataError(
+            f'{where}: an answer must be {{"answer": text, "answer_confidence": yes, maybe or no}}, got {answer!r:.120}'
+        )
+    return VizWizAnswer(text, confidence)
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """How rows become LLaVA's conversations; the defaults are those of the competition's pipeline.
+
+    Attributes:
+        keep_questions_raw: write questions as they were asked instead of normalised.
+        suffix: put behind every question, such as ``SUFFIX``.
+        answer_choice: ``mode`` learns the most frequent answer, ``soft`` one of the highest accuracy (all that four
+            people gave are equal to it). The first given wins ties.
+        drop_unsure_answers: leave out people who were not confident, unless nobody was.
+    """
+
+    keep_questions_raw: bool = False
+    suffix: str = ""
+    answer_choice: str = "mode"
+    drop_unsure_answers: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a choice that there is not."""
+        if self.answer_choice not in ANSWER_CHOICES:
+            raise DataError(
+                f"the answer choice must be one of {', '.join(ANSWER_CHOICES)}, got {self.answer_choice!r:.40}"
+            )
+
+    def prompt_of(self, row: VizWizRow) -> str:
+        """The question as the model reads it, without the image token."""
+        question = row.question if self.keep_questions_raw else process_text(row.question, llava_fork=True)
+        return question + self.suffix
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """Content of LLaVA's training file, and what to report of it.
+
+    Attributes:
+        entries: as ``train_for_llava.json`` holds them, in which the original writes an indent of 4.
+        num_replaced: entries whose chosen answer was empty once normalised and gave way to another.
+    """
+
+    entries: list[dict[str, Any]]
+    num_replaced: int
+
+    @property
+    def num_unanswerable(self) -> int:
+        """Entries that teach to answer ``unanswerable``."""
+        return sum(answer == UNANSWERABLE for answer in self._answers())
+
+    @property
+    def num_distinct_answers(self) -> int:
+        """How many different answers are taught."""
+        return len(set(self._answers()))
+
+    def _answers(self) -> list[str]:
+        return [entry["conversations"][-1]["value"] for entry in self.entries]
+
+
+def choose_answer(answers: Sequence[str], answer_choice: str = "mode") -> tuple[str, bool]:
+    """The answer to learn out of those of several people.
+
+    Args:
+        answers: raw, at least one.
+        answer_choice: see ``ConversionOptions``.
+
+    Returns:
+        Normalised text, never empty, and whether it stands in for one that is.
+    """
+    normalized = [process_text(answer, llava_fork=True) for answer in answers]
+    worth: Mapping[str, float] = Counter(normalized)  # in order of first appearance
+    if answer_choice == "soft":
+        worth = {answer: ten_choose_nine(answer, normalized) for answer in worth}
+    ranked = sorted(worth, key=lambda answer: -worth[answer])  # stable: the first given wins ties
+    return next(filter(None, ranked), UNANSWERABLE), not ranked[0]
+
+
+def training_file(rows: Iterable[VizWizRow], options: ConversionOptions | None = None) -> TrainingFile:
+    """Make ``train_for_llava.json`` of the training rows.
+
+    Raises:
+        DataError: a row has no answers.
+    """
+    options = options or ConversionOptions()
+    entries, num_replaced = [], 0
+    for row in rows:
+        if not row.answers:
+            raise DataError(f"image {row.image} has no answers to learn from: convert the training split")
+        answers = row.answers
+        if options.drop_unsure_answers:
+            answers = [answer for answer in answers if answer.confidence != "no"] or answers
+        text, is_replaced = choose_answer([answer.text for answer in answers], options.answer_choice)
+        num_replaced += is_replaced
+        turns = [
+            {"from": "human", "value": f"<image>\n{options.prompt_of(row)}"},
+            {"from": "gpt", "value": text},
+        ]
+        entries.append({"id": row.id, "image": row.image, "conversations": turns})
+    return TrainingFile(entries, num_replaced)
+
+
+def question_lines(rows: Iterable[VizWizRow], options: ConversionOptions | None = None) -> list[dict[str, str]]:
+    """Make ``valid_for_llava.jsonl``, the questions that LLaVA's evaluation reads, of rows with or without answers."""
+    options = options or ConversionOptions()
+    return [{"question_id": row.id, "image": row.image, "text": options.prompt_of(row)} for row in rows]
+
+
+def read_results(path: str | Path) -> tuple[dict[str, str], int]:
+    """Read an answers file of LLaVA's evaluation (one JSON object a line).
+
+    Returns:
+        Answer by question id, the last one if an id comes again; and the number of broken lines, which are skipped:
+        a run that was stopped leaves one, and its question is asked again.
+
+    Raises:
+        DataError: no such file, or a line without ``question_id`` or ``text``.
+    """
+    results: dict[str, str] = {}
+    num_broken = 0
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read the answers {path} ({error.strerror}): run the evaluation first") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = parse_json(line, f"{path}:{number}")
+        except DataError:
+            num_broken += 1
+            continue
+        question_id, text = (values.get("question_id"), values.get("text")) if type(values) is dict else (None, None)
+        if type(question_id) is not str or type(text) is not str:
+            raise DataError(f'{path}:{number}: a line must have the texts "question_id" and "text", got {line!r:.120}')
+        results[question_id] = text
+    return results, num_broken
+
+
+def read_questions(path: str | Path) -> list[dict[str, str]]:
+    """Read a file of ``question_lines``.
+
+    Raises:
+        DataError: names the line that lacks ``question_id``, ``image`` or ``text``.
+    """
+    questions = []
+    for number, row in iterate_jsonl(path, advice="scripts/format_dataset_for_llava.py writes it"):
+        if not all(type(row.get(key)) is str for key in ("question_id", "image", "text")):
+            raise DataError(f'{path}:{number}: a line must have the texts "question_id", "image" and "text"')
+        questions.append(row)
+    return questions
+
+
+def upload_entries(
+    questions: Iterable[Mapping[str, str]],
+    results: Mapping[str, str],
+    normalize: Callable[[str], str] = normalize_evalai,
+) -> list[dict[str, str]]:
+    """Make the list that VizWiz takes, in the order of the questions: [{"image": name, "answer": text}].
+
+    Args:
+        questions: as ``question_lines``.
+        results: the model's answers by question id.
+        normalize: what is done to an answer; for the course competition ``process_text`` may be meant.
+
+    Raises:
+        DataError: a question has no result.
+    """
+    questions = list(questions)
+    missing = [question["question_id"] for question in questions if question["question_id"] not in results]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(questions)} questions have no answer, the first: {missing[0]}; "
+            "run the evaluation to its end on these questions"
+        )
+    return [
+        {"image": question["image"], "answer": normalize(results[question["question_id"]])} for question in questions
+    ]
+
+
+def write_submission(path: str | Path, answers: Sequence[str]) -> None:
+    """Write ``submission.npy`` of the course competition, whole or not at all: an array of texts, nothing pickled.
+
+    Args:
+        path: of the file.
+        answers: in the order of ``valid.json``.
+
+    Raises:
+        DataError: there is none, or one is no text that the array can hold.
+    """
+    if not answers:
+        raise DataError(f"there are no answers to write to {path}: run the evaluation first")
+    for row, answer in enumerate(answers):
+        if type(answer) is not str or answer.endswith("\0"):  # numpy cuts zeros off
+            raise DataError(f"the answer of row {row} must be a text without a zero at its end, got {answer!r:.80}")
+    content = io.BytesIO()
+    np.save(content, np.array(answers, dtype=np.str_), allow_pickle=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content.getvalue())
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
