@@ -115,11 +115,13 @@ class TorchBackend:
         clip_parts: Mapping[str, float | None] = MappingProxyType({}),
         ema: ModelEMA | None = None,
         initial_loss_scale: float = 65536.0,
+        save_frozen: bool = True,
     ) -> None:
         """Wrap a model that is already on ``device``; the optimizer's groups carry ``lr_scale``.
 
         Groups that carry a ``part`` named in ``clip_parts`` are clipped by their own norm to that value, the others
-        together to ``clip_grad``.
+        together to ``clip_grad``. Without ``save_frozen`` checkpoints hold trained weights only, and a resumed run
+        brings the frozen ones itself.
         """
         if accumulation_steps < 1:
             raise EngineError(f"accumulation needs at least 1 step, got {accumulation_steps}")
@@ -130,6 +132,7 @@ class TorchBackend:
         self.optimizer = optimizer
         self.ema = ema
         self._dtype = autocast_dtype
+        self._save_frozen = save_frozen
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=autocast_dtype is torch.float16, init_scale=initial_loss_scale
         )
@@ -239,7 +242,7 @@ class TorchBackend:
         """Write ``model.pth`` (key ``model``, original names), ``training_state.pth`` and ``model_ema.pth``."""
         if not distributed.is_main():
             return
-        torch.save({"model": self.unwrapped().state_dict()}, folder / WEIGHTS_FILE)
+        torch.save({"model": self._kept(self.unwrapped().state_dict())}, folder / WEIGHTS_FILE)
         if self.ema is not None:
             torch.save({"model": self.ema.state_dict()}, folder / EMA_FILE)
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict(), "extra": extra}
@@ -252,7 +255,7 @@ class TorchBackend:
                 f"{folder} was written with DeepSpeed: give --enable_deepspeed and its --zero_stage, or start anew "
                 f"from its weights: --finetune {folder} with another --output_dir"
             )
-        _load_matching(self.unwrapped().load_state_dict, read_state_dict(folder / WEIGHTS_FILE), folder)
+        _load_matching(self._load_weights, read_state_dict(folder / WEIGHTS_FILE), folder)
         state = load_torch_file(folder / STATE_FILE)
         _load_matching(self._load_optimizer, state["optimizer"], folder)
         self._say_replaced(state["optimizer"], folder)
@@ -263,6 +266,21 @@ class TorchBackend:
                 raise EngineError(f"{folder} has no moving average: resume without --model_ema or start anew")
             self.ema.load_state_dict(read_state_dict(folder / EMA_FILE))
         return state["extra"]
+
+    def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a state dict that checkpoints hold."""
+        if self._save_frozen:
+            return state
+        trained = {name for name, parameter in self.unwrapped().named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        model = self.unwrapped()
+        expected = self._kept(model.state_dict()).keys()
+        if not self._save_frozen and state.keys() != expected:
+            other = min(state.keys() ^ expected)
+            raise ValueError(f"{other} is trained in one of the two only")
+        model.load_state_dict(state, strict=self._save_frozen)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take the moments of the same groups; decay, rates' scales, betas and the like stay this run's own."""

@@ -311,3 +311,37 @@ def _rehearse(rank, world_size):
 
 def test_a_rehearsal_leaves_no_trace_in_buffers():
     run_in_processes(_rehearse, 3, 3)
+
+
+# ---- checkpoints without the frozen weights ----
+
+
+def half_frozen(save_frozen=False):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"frozen": nn.Linear(3, 3).requires_grad_(False), "trained": nn.Linear(3, 2)})
+    groups = [{"name": "all", "params": list(model["trained"].parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+    backend = TorchBackend(model, torch.optim.AdamW(groups, lr=0.1), device=CPU, save_frozen=save_frozen)
+    backend.backward(model["trained"](model["frozen"](torch.ones(1, 3))).sum())
+    backend.step(0.1)
+    return model, backend
+
+
+def test_a_checkpoint_without_the_frozen_weights_holds_the_trained_ones_and_goes_on_from_them(tmp_path):
+    model, backend = half_frozen()
+    backend.save(tmp_path, {"position": 3})
+    saved = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    assert set(saved) == {"trained.weight", "trained.bias"}
+    other, resumed = half_frozen()
+    with torch.no_grad():
+        for parameter in other["trained"].parameters():
+            parameter.zero_()
+    assert resumed.load(tmp_path) == {"position": 3}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_choice_of_trained_weights_is_refused(tmp_path):
+    _, whole = half_frozen(save_frozen=True)
+    whole.save(tmp_path, {})
+    _, backend = half_frozen()
+    with pytest.raises(EngineError, match="frozen.bias is trained in one of the two only"):
+        backend.load(tmp_path)

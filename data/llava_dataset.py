@@ -1,0 +1,151 @@
+"""Training samples of LLaVA: a JSON list of conversations with images, to ids, labels and pixels.
+
+Source: the supervised data set of LLaVA. Departures: a sample whose answers leave no label is an error that names it,
+an image in the text without an image file, or the reverse, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import DataError
+from data.files import check_relative, read_json
+from data.image_reader import ImageReader
+from data.llava_conversation import Encoded, Template, Turn, collate, encode_conversation
+from data.llava_sampler import words_of
+from data.tokenizers.llama import IMAGE_TOKEN, LlamaTokenizer
+
+SCHEMA = (
+    '[{"id": "a1", "image": "a1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
+    '{"from": "gpt", "value": "a cup"}]}]'
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample; ``image`` is its path, or None for text alone."""
+
+    name: str
+    turns: tuple[Turn, ...]
+    image: str | None
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """A JSON list of samples; keys that are not known are left alone.
+
+    Raises:
+        DataError: a wrong key or type; an image without its place in the text, or a place without an image.
+    """
+    content = read_json(path, advice=f"write a list of samples, such as {SCHEMA}")
+    if not isinstance(content, list) or not content:
+        raise DataError(f"{path} must hold a list of samples, such as {SCHEMA}")
+    samples = []
+    for number, row in enumerate(content):
+        where = f"{path}: sample {number} (counted from 0)"
+        turns = row.get("conversations") if isinstance(row, dict) else None
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise DataError(f'{where} needs "conversations", a list of {{"from": …, "value": …}}')
+        pairs = tuple((turn.get("from"), turn.get("value")) for turn in turns)
+        if not all(isinstance(text, str) for _, text in pairs):
+            raise DataError(f"{where} has a turn whose value is no text: mend the sample")
+        image = row.get("image")
+        if image is not None:
+            check_relative(image, where)
+        places = sum(IMAGE_TOKEN in text for _, text in pairs)
+        if (image is None) != (places == 0):
+            what = f"has an image but no {IMAGE_TOKEN} in its text" if image else f"has {IMAGE_TOKEN} but no image"
+            raise DataError(f"{where} {what}: mend the sample")
+        if places > 1:
+            raise DataError(f"{where} has {IMAGE_TOKEN} in {places} turns and one image: keep it in one turn")
+        samples.append(Conversation(str(row.get("id", number)), pairs, image))
+    return samples
+
+
+@dataclass(frozen=True)
+class LlavaSample:
+    """ids and labels, and (3, S, S) uint8 pixels; black for text alone."""
+
+    sample_id: int
+    encoded: Encoded
+    image: Tensor
+    image_error: str = ""
+
+
+class LlavaDataset:
+    """Conversations of one file."""
+
+    def __init__(
+        self,
+        samples: Sequence[Conversation],
+        images: ImageReader,
+        tokenizer: LlamaTokenizer,
+        template: Template,
+        *,
+        image_size: int,
+        max_length: int = 2048,
+    ) -> None:
+        """Encode as they are asked for.
+
+        Args:
+            samples: of the file.
+            images: reads and transforms their images.
+            tokenizer: of the base model.
+            template: one of ``data.llava_conversation.TEMPLATES``.
+            image_size: side in pixels.
+            max_length: most tokens of a sample.
+        """
+        self._samples, self._images, self._tokenizer, self._template = samples, images, tokenizer, template
+        self._image_size, self._max_length = image_size, max_length
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def lengths(self) -> list[int]:
+        """Words of every sample, negative for text alone, as the length-grouped order wants them."""
+        return [
+            words_of({"value": text} for _, text in s.turns) * (-1 if s.image is None else 1) for s in self._samples
+        ]
+
+    def sample(self, index: int, rng: np.random.Generator) -> LlavaSample:
+        """Encode sample ``index`` and read its image.
+
+        Raises:
+            DataError: turns that do not fit, no label left, or an image that cannot be read; names the sample.
+        """
+        sample = self._samples[index]
+        where = f"sample {index} ({sample.name})"
+        encoded = encode_conversation(
+            sample.turns,
+            self._tokenizer,
+            self._template,
+            has_image=sample.image is not None,
+            max_length=self._max_length,
+            where=where,
+        )
+        image, error = torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8), ""
+        if sample.image is not None:
+            image, error = self._images.read(sample.image, rng, where)
+        return LlavaSample(index, encoded, image, error)
+
+
+class LlavaCollate:
+    """Joins samples into a batch."""
+
+    def __init__(self, pad_id: int, max_length: int) -> None:
+        """Longer samples are cut."""
+        self._pad_id, self._max_length = pad_id, max_length
+
+    def __call__(self, samples: list[LlavaSample]) -> dict[str, Any]:
+        """``ids``, ``labels``, ``mask`` (B, T); ``image`` (B, 3, S, S) uint8; ``sample_id``; what was replaced."""
+        batch: dict[str, Any] = collate([sample.encoded for sample in samples], self._pad_id, self._max_length)
+        batch["image"] = torch.stack([sample.image for sample in samples])
+        batch["sample_id"] = [sample.sample_id for sample in samples]
+        batch["images_replaced"] = sum(bool(sample.image_error) for sample in samples)
+        batch["image_errors"] = [sample.image_error for sample in samples if sample.image_error]
+        return batch
