@@ -6,7 +6,6 @@ a ReLU of the ResNet falls to the other side of 0 by rounding, 4e-3 at the stem.
 
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -14,24 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.baseline_vqa import build_answer_ids, build_word_ids, encode_answers, mode_targets, question_vector
+from data.metrics.vizwiz import process_text
 from models.baseline import BaselineVQA
 from tests.parity.fixture_files import load_fixture
-
-try:
-    from data.metrics.vizwiz import process_text
-except ImportError:
-    _NUMBERS = "zero one two three four five six seven eight nine ten".split()
-    _CONTRACTIONS = "don't isn't aren't won't can't wouldn't couldn't".split()
-
-    def process_text(text: str) -> str:
-        text = text.lower()
-        for number, word in enumerate(_NUMBERS):
-            text = text.replace(word, str(number))
-        text = re.sub(r"(?<!\d)\.(?!\d)", "", text)
-        text = re.sub(r"\b(a|an|the)\b", "", text)
-        for contraction in _CONTRACTIONS:
-            text = text.replace(contraction.replace("'", ""), contraction)
-        return re.sub(r"\s+", " ", re.sub(r"[^\w\s':]", " ", text)).strip()
 
 
 def assert_near(found: Tensor, expected: Tensor, what: str, *, share: float) -> None:
