@@ -187,7 +187,8 @@ def make_records(
             pieces = tokenizer.tokenize(question.text)
             if not 0 < len(pieces) <= max_words:
                 raise DataError(
-                    f"question {question.question_id} has {len(pieces)} word pieces, 1 to {max_words} are possible: "
+                    f"question {question.question_id} has {len(pieces)} word pieces, 1 to {max_words} are possible "
+                    "(max_position_embeddings): "
                     f"{question.text!r:.80}"
                 )
             mirrored = pieces

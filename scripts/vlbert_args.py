@@ -16,7 +16,7 @@ from scripts.arguments import (
     positive_int,
     switch,
 )
-from scripts.vlbert_config import as_yaml, find_config, read_config
+from scripts.vlbert_config import SCHEMA, as_yaml, find_config, read_config
 
 DEFAULT_CONFIG = "cfgs/vqa/base_4X16G_fp32.yaml"
 DEFAULT_MODEL_DIR = "output"
@@ -135,6 +135,11 @@ def _settled(args: argparse.Namespace, parser: argparse.ArgumentParser, *, train
                 raise DataError(f"--{flag.replace('_', '-')} is given twice, once without its name: give it once")
             setattr(args, flag, getattr(args, flag) or getattr(args, place) or default)
         config_file = find_config(args.cfg)
+        if args.strategy:
+            try:
+                args.strategy = SCHEMA["FINETUNE_STRATEGY"].check(args.strategy)
+            except ValueError as error:
+                raise DataError(f"--strategy must be {error}, got {args.strategy!r:.40}") from None
         overrides = [*args.set, *([f"FINETUNE_STRATEGY={args.strategy}"] if args.strategy else [])]
         overrides += ["REFERENCE_BEHAVIOUR=true"] if args.reference_behaviour else []
         args.config = read_config(config_file, overrides)
@@ -157,6 +162,11 @@ def _check_config(args: argparse.Namespace) -> None:
             f"NETWORK.IMAGE_FINAL_DIM {network['IMAGE_FINAL_DIM']} and NETWORK.VLBERT.visual_size "
             f"{sizes['visual_size']} must be equal"
         )
+    for name in ("TRAIN", "POLICY"):
+        try:
+            schedule_steps(config[name], 1)
+        except DataError as error:
+            raise DataError(f"{name}.{error}") from None
     if strategy in POLICY_STRATEGIES:
         wanted = 2 * _decisions(strategy, sizes["num_hidden_layers"], sizes["num_attention_heads"])
         if policy["OUTPUT_SIZE"] not in (0, wanted):
@@ -167,6 +177,11 @@ def _check_config(args: argparse.Namespace) -> None:
                 )
             args.notes.append(f"POLICY.OUTPUT_SIZE {policy['OUTPUT_SIZE']} is the config's; {strategy} takes {wanted}")
         policy["OUTPUT_SIZE"] = wanted
+        if config["USE_CONSTRAIN_K_LOSS"] and config["CONSTRAIN_K_NUM_BLOCKS"] > wanted // 2:
+            raise DataError(
+                f"CONSTRAIN_K_NUM_BLOCKS {config['CONSTRAIN_K_NUM_BLOCKS']:g} is more than the {wanted // 2} decisions "
+                f"of {strategy}: give 0 to {wanted // 2}"
+            )
         if config["POLICY_GLOBAL_DECISION"]:
             args.notes.append("global decision: validation and prediction decide alike for all samples")
     else:
@@ -228,12 +243,22 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     args.clip_grad = train["CLIP_GRAD_NORM"] if train["CLIP_GRAD_NORM"] > 0 else None
     if args.auto_resume is None:
         args.auto_resume = train["AUTO_RESUME"]
+    if train["RESUME"] and train["BEGIN_EPOCH"] < 1:
+        raise DataError(
+            "TRAIN.RESUME goes on from the checkpoint of epoch BEGIN_EPOCH - 1: set TRAIN.BEGIN_EPOCH to 1 or more, or "
+            "leave it to TRAIN.AUTO_RESUME"
+        )
     if train["RESUME"] and not args.resume:
         named = args.run_dir / f"checkpoint-{train['BEGIN_EPOCH'] - 1}"
         # a run that has gone on since may have removed it
         args.resume = "latest" if not named.exists() and (args.run_dir / "latest").exists() else str(named)
+    if args.from_scratch and args.partial_pretrain:
+        raise DataError("--from_scratch takes no weights and --partial-pretrain gives some: leave one of them out")
     if args.reference_adamw and train["OPTIMIZER"] != "AdamW":
         raise DataError(f"--reference_adamw goes with TRAIN.OPTIMIZER AdamW, not {train['OPTIMIZER']}")
+    if args.zero_stage and not args.enable_deepspeed:
+        args.enable_deepspeed = True
+        args.notes.append(f"--zero_stage {args.zero_stage} implies --enable_deepspeed")
     if args.enable_deepspeed and args.zero_stage == 3 and config["FINETUNE_STRATEGY"] in POLICY_STRATEGIES:
         raise DataError(
             f"--zero_stage 3 does not go with {config['FINETUNE_STRATEGY']}: the processes run different layers; take "

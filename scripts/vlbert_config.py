@@ -56,6 +56,11 @@ def _strategy(value: Any) -> str:
     raise ValueError(f"{', '.join(fixed)} or last_<k>")
 
 
+def _boxes(value: Any) -> str:
+    """36 is a number in YAML unless it is quoted."""
+    return one_of("36", "10-100ada")(str(value))
+
+
 def _epochs(value: Any) -> str:
     """A text; a single epoch is a number in YAML."""
     return str(value) if type(value) in (int, float) else text(value)
@@ -173,7 +178,7 @@ SCHEMA: dict[str, Any] = {
         "TEST_IMAGE_SET": Key(text, "test2015", "image set that vqa/test.py predicts"),
         "ANSWER_VOCAB_FILE": Key(text, "", "an answer a line"),
         "ANSWER_VOCAB_SIZE": Key(whole(0), 3129, "its length; 0: any"),
-        "BOXES": Key(text, "36", "which box files: 36 or 10-100ada"),
+        "BOXES": Key(_boxes, "36", "which box files: 36 or 10-100ada"),
         "ZIP_MODE": Key(truth, False, "box files and images lie in zip archives"),
         "ADD_IMAGE_AS_A_BOX": _only(True),
         "USE_IMDB": _only(False),

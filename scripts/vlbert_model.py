@@ -44,6 +44,21 @@ class Vocabularies:
         return {name: ("\n".join(entries) + "\n").encode() for name, entries in lists.items()}
 
 
+def check_same_answers(checkpoint: Path, words: Vocabularies) -> None:
+    """A run goes on with the words and answers that its checkpoint carries.
+
+    Raises:
+        DataError: another vocabulary or answer list.
+    """
+    for name, content in words.files().items():
+        if (checkpoint / name).is_file() and (checkpoint / name).read_bytes() != content:
+            there, here = (checkpoint / name).read_bytes().count(b"\n"), content.count(b"\n")
+            raise DataError(
+                f"{checkpoint} was trained with another {name} ({there} entries there, {here} here): give the same "
+                "data and --build_answers, or another model directory for a new run"
+            )
+
+
 def load_tokenizer(config: dict[str, Any], checkpoint: Path | None = None) -> WordPieceTokenizer:
     """Vocabulary of a checkpoint folder, else of the BERT folder.
 
@@ -84,7 +99,7 @@ def build_network(
     decider = None
     if decisions:
         decider = VLBertForVQA(
-            _transformer(policy["VLBERT"]),
+            _transformer(policy["VLBERT"], "POLICY"),
             2 * decisions,
             **_classifier(policy),
             **common,
@@ -103,12 +118,15 @@ def build_network(
     )
 
 
-def _transformer(sizes: dict[str, Any], **encoder: Any) -> VLBertConfig:
+def _transformer(sizes: dict[str, Any], section: str = "NETWORK", **encoder: Any) -> VLBertConfig:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     names += ("hidden_dropout_prob", "attention_probs_dropout_prob")
     others = ("visual_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "visual_ln", "with_pooler")
     others += ("visual_scale_text_init", "visual_scale_object_init", "initializer_range")
-    layers = EncoderConfig(**{name: sizes[name] for name in names}, **encoder)
+    try:
+        layers = EncoderConfig(**{name: sizes[name] for name in names}, **encoder)
+    except ModelError as error:
+        raise ModelError(f"{section}.VLBERT: {error}") from None
     return VLBertConfig(encoder=layers, **{name: sizes[name] for name in others})
 
 
@@ -152,7 +170,11 @@ def load_first_weights(model: nn.Module, args: argparse.Namespace, words: Vocabu
         pretrained = network["PARTIAL_PRETRAIN"] if args.partial_pretrain is None else args.partial_pretrain
         _load_bert_file(model, network, required=not pretrained)
         if pretrained:
-            _from(pretrained, partial(_load_pretrained_file, model, changes=network["PARTIAL_PRETRAIN_PREFIX_CHANGES"]))
+            _from(
+                pretrained,
+                "--partial-pretrain or NETWORK.PARTIAL_PRETRAIN",
+                partial(_load_pretrained_file, model, changes=network["PARTIAL_PRETRAIN_PREFIX_CHANGES"]),
+            )
     if network["CLASSIFIER_PRETRAINED"]:
         pieces = [words.tokenizer.encode(answer) for answer in words.answers.answers]
         empty = [words.answers[label] for label, ids in enumerate(pieces) if not ids]
@@ -168,7 +190,7 @@ def _load_bert_file(model: nn.Module, network: dict[str, Any], *, required: bool
     if not path.is_file() and not required:
         say(f"note: no {path}: all weights come from PARTIAL_PRETRAIN")
         return
-    _from(path, lambda state, _: load_bert(model, state))
+    _from(path, "NETWORK.BERT_MODEL_NAME is its folder", lambda state, _: load_bert(model, state))
 
 
 def _load_pretrained_file(model: nn.Module, state: dict[str, Tensor], path: str, *, changes: list[str]) -> Any:
@@ -180,7 +202,9 @@ def _load_pretrained_file(model: nn.Module, state: dict[str, Tensor], path: str,
     return found
 
 
-def _from(path: str | Path, load: Any) -> None:
+def _from(path: str | Path, hint: str, load: Any) -> None:
+    if not Path(path).exists():
+        raise EngineError(f"no weights at {path} ({hint}): fetch them, or start from random weights by --from_scratch")
     try:
         state = read_state_dict(path, model_key=_KEYS)
     except EngineError as error:

@@ -70,6 +70,8 @@ def load_answers(args: argparse.Namespace, questions: Sequence[Question], checkp
     settings = args.config["DATASET"]
     size = settings["ANSWER_VOCAB_SIZE"] or None
     if getattr(args, "build_answers", None):
+        if not any(question.answers for question in questions):
+            raise DataError("--build_answers: the training questions have no answers; give a set that has some")
         said = (answer for question in questions for answer in _answers_of(question))
         return AnswerList.build(said, min_count=args.build_answers, most=size)
     if checkpoint is not None and (checkpoint / ANSWERS).is_file():
@@ -85,19 +87,20 @@ def _answers_of(question: Question) -> Iterable[str]:
 
 
 def records_of(
-    args: argparse.Namespace, questions: Sequence[Question], words: Vocabularies, *, labelled: bool = False
+    args: argparse.Namespace, questions: Sequence[Question], words: Vocabularies, *, labelled: str = ""
 ) -> list[VLBertRecord]:
     """The first ``--limit_samples`` questions as records.
 
     Raises:
-        DataError: as ``make_records``; ``labelled``: no question has a known answer (own data leave those out).
+        DataError: as ``make_records``; no question has a known answer, where ``labelled`` names a set that needs some.
     """
     records = make_records(
         questions[: args.limit_samples], words.tokenizer, words.answers, max_words=longest_question(args.config)
     )
     if labelled and not any(record.labels for record in records):
         raise DataError(
-            "no question has an answer of the answer list: give a set with answers, and the answer list of these data"
+            f"{labelled}: no question has an answer of the answer list: give a set with answers, and the answer list "
+            "of these data"
         )
     return records
 
@@ -141,6 +144,12 @@ def question_loader(
         scales=tuple(args.config["SCALES"]),
         load_image=None if args.config["NETWORK"]["IMAGE_FEAT_PRECOMPUTED"] else _image_reader(args),
     )
+    per_step = args.batch_size * args.update_freq * distributed.world_size() if train else 0
+    if len(records) < per_step:
+        raise DataError(
+            f"{len(records)} training questions do not fill one step of {per_step} (TRAIN.BATCH_IMAGES "
+            f"{args.batch_size} x TRAIN.GRAD_ACCUMULATE_STEPS {args.update_freq} x processes): lower them or add data"
+        )
     sampler = None
     if train and (args.contiguous_shards or settings["ASPECT_GROUPING"] or not settings["SHUFFLE"]):
         sampler = ShardBatchSampler(
@@ -178,16 +187,18 @@ def train_and_val_loaders(
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """Loaders of a training run."""
     num_answers = len(words.answers)
-    records = records_of(args, questions, words, labelled=True)
+    settings = args.config["DATASET"]
+    named = ", ".join(args.train_file) if args.train_file else f"DATASET.TRAIN_IMAGE_SET {settings['TRAIN_IMAGE_SET']}"
+    records = records_of(args, questions, words, labelled=named)
     if args.train_file:
         records = [record for record in records if record.labels]
     say(f"training: {len(records)} questions")
     train_loader = question_loader(args, records, num_answers, train=True, device=device)
     if args.no_validation:
         return train_loader, None
-    held_out = args.config["DATASET"]["VAL_IMAGE_SET"]
+    held_out = settings["VAL_IMAGE_SET"]
     asked = read_own_questions(args.val_file) if args.val_file else split_questions(args, held_out)
-    records = records_of(args, asked, words, labelled=True)
+    records = records_of(args, asked, words, labelled=args.val_file or f"DATASET.VAL_IMAGE_SET {held_out}")
     say(f"validation: {len(records)} questions")
     return train_loader, question_loader(args, records, num_answers, train=False, device=device)
 

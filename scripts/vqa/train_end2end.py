@@ -38,7 +38,14 @@ from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
 from scripts.vlbert_config import as_yaml, check_same_model
-from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_first_weights, load_tokenizer
+from scripts.vlbert_model import (
+    CONFIG,
+    Vocabularies,
+    build_network,
+    check_same_answers,
+    load_first_weights,
+    load_tokenizer,
+)
 from scripts.vlbert_optim import POLICY_PART, vlbert_parameter_groups
 from scripts.wandb_log import WandbLog
 
@@ -66,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     say("reading questions and answers")
     questions = vlbert_vqa.training_questions(args)
     words = Vocabularies(load_tokenizer(args.config), vlbert_vqa.load_answers(args, questions))
+    if resume_from is not None:
+        check_same_answers(resume_from, words)
     model = build_network(args.config, len(words.answers), words.tokenizer, reference=args.reference_behaviour)
     if resume_from is None:  # a resumed run has its own, frozen copies and policy included
         load_first_weights(model, args, words)
@@ -161,6 +170,7 @@ def train(
         validate = vlbert_vqa.validation(
             args.config, output_dir=output_dir, log=log, device=device, autocast=backend.autocast
         )
+    begun = 0 if position is None else position.global_step
     position = fit(
         backend,
         train_loader,
@@ -178,7 +188,8 @@ def train(
         say("dry run: two steps taken, nothing written")
     else:
         best = "" if position.best is None else f"; best soft accuracy {position.best:.2f}"
-        say(f"done after {position.global_step} steps{best}; results in {output_dir}")
+        idle = "; nothing was left to do" if begun == position.global_step else ""
+        say(f"done after {position.global_step} steps{best}{idle}; results in {output_dir}")
 
 
 def build_schedule(settings: dict, lr: float, steps_per_epoch: int, total_steps: int) -> Schedule:

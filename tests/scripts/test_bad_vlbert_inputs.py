@@ -125,7 +125,7 @@ def an_override_without_a_value(case):
     return case.train("--set=TRAIN.END_EPOCH")
 
 
-@bad(r"FINETUNE_STRATEGY must be .*last_<k>, got 'spot'")
+@bad(r"--strategy must be .*last_<k>, got 'spot'")
 def an_unknown_strategy(case):
     return case.train(strategy="spot")
 
@@ -150,7 +150,7 @@ def a_policy_of_another_size(case):
     return case.config("FINETUNE_STRATEGY: SpotTune\nPOLICY:\n  OUTPUT_SIZE: 180\n")
 
 
-@bad(r"hidden_size 16 is not a multiple of num_attention_heads 3")
+@bad(r"NETWORK.VLBERT: hidden_size 16 is not a multiple of num_attention_heads 3")
 def heads_that_do_not_divide_the_width(case):
     return case.train("--set=NETWORK.VLBERT.num_attention_heads=3")
 
@@ -248,7 +248,7 @@ def a_zip_archive_that_is_cut_off(case):
     return case.train("--set=DATASET.ZIP_MODE=true")
 
 
-@bad(r"DATASET.BOXES '50': choose \"10-100ada\" or \"36\"")
+@bad(r"DATASET.BOXES must be '36' or '10-100ada', got '50'")
 def boxes_of_another_kind(case):
     return case.train("--set=DATASET.BOXES='50'")
 
@@ -264,14 +264,14 @@ def more_words_than_rows(case):
     return case.train("--set=NETWORK.VLBERT.vocab_size=20")
 
 
-@bad(r"pytorch_model.bin.*; or start from random weights by --from_scratch")
+@bad(r"no weights at .*pytorch_model.bin \(NETWORK.BERT_MODEL_NAME is its folder\): fetch them, or start from random")
 def no_weights_to_begin_from(case):
     flags = case.train()
     flags.remove("--from_scratch")
     return flags
 
 
-@bad(r"none.model.*; or start from random weights by --from_scratch")
+@bad(r"no weights at none.model \(--partial-pretrain or NETWORK.PARTIAL_PRETRAIN\): fetch them, or start from random")
 def pretrained_weights_that_are_not_there(case):
     flags = case.train("--partial-pretrain", "none.model")
     flags.remove("--from_scratch")
@@ -308,12 +308,12 @@ def two_optimizers(case):
     return case.train("--set=POLICY.OPTIMIZER=SGD", strategy="BlockDrop")
 
 
-@bad(r"LR_STEP 'two' must be epochs joined by commas")
+@bad(r"TRAIN.LR_STEP 'two' must be epochs joined by commas")
 def epochs_that_are_no_numbers(case):
     return case.train("--set=TRAIN.LR_SCHEDULE=step", "--set=TRAIN.LR_STEP=two")
 
 
-@bad(r"do not fill one step of 2000")
+@bad(r"60 training questions do not fill one step of 2000 \(TRAIN.BATCH_IMAGES 1000 x TRAIN.GRAD_ACCUMULATE_STEPS 2")
 def a_batch_larger_than_the_data(case):
     return case.train("--set=TRAIN.BATCH_IMAGES=1000")
 
@@ -341,6 +341,32 @@ def a_checkpoint_of_another_size(case):
 @bad(r"--reference_adamw goes with TRAIN.OPTIMIZER AdamW, not SGD")
 def the_arithmetic_of_another_optimizer(case):
     return case.train("--reference_adamw", "--set=TRAIN.OPTIMIZER=SGD")
+
+
+@bad(r"--from_scratch takes no weights and --partial-pretrain gives some: leave one of them out")
+def weights_for_a_start_without_weights(case):
+    return case.train("--partial-pretrain", "nowhere")
+
+
+@bad(r"checkpoint-0 was trained with another answers_vqa.txt \(18 entries there, \d+ here\): give the same data")
+def a_run_that_goes_on_with_another_answer_list(case):
+    return train_flags(case.models, "--build_answers", 2, data=case.data)
+
+
+@bad(r"CONSTRAIN_K_NUM_BLOCKS 40 is more than the 3 decisions of BlockDrop: give 0 to 3")
+def more_blocks_than_there_are(case):
+    more = ("--set=USE_CONSTRAIN_K_LOSS=true", "--set=CONSTRAIN_K_NUM_BLOCKS=40")
+    return case.train(*more, strategy="BlockDrop")
+
+
+@bad(r"--build_answers: the training questions have no answers; give a set that has some")
+def a_training_set_without_answers(case):
+    return case.train("--set=DATASET.TRAIN_IMAGE_SET=test2015")
+
+
+@bad(r"TRAIN.RESUME goes on from the checkpoint of epoch BEGIN_EPOCH - 1: set TRAIN.BEGIN_EPOCH to 1 or more")
+def a_resume_before_the_first_epoch(case):
+    return case.train("--set=TRAIN.RESUME=true")
 
 
 @bad(r"--do-test does not go with --enable_deepspeed")
@@ -392,7 +418,7 @@ def a_test_of_an_image_set_that_is_not_there(case):
     return case.train("--do-test", "--set=DATASET.TEST_IMAGE_SET=test2019")
 
 
-@bad(r"no question has an answer of the answer list: give a set with answers")
+@bad(r"DATASET.VAL_IMAGE_SET test-dev2015: no question has an answer of the answer list: give a set with answers")
 def a_validation_without_answers(case):
     return case.train("--set=DATASET.VAL_IMAGE_SET=test-dev2015")
 

@@ -222,6 +222,13 @@ def test_resume_of_the_config_names_the_checkpoint_of_the_epoch_before():
     assert args.resume == "output/vl-bert/vqa/base_4X16G_fp32/train2014_train/checkpoint-2"
 
 
+def test_36_boxes_may_be_a_number_and_a_zero_stage_asks_for_deepspeed():
+    assert parse_args(["--set", "DATASET.BOXES=36"]).config["DATASET"]["BOXES"] == "36"
+    args = parse_args(["--zero_stage", "2"])
+    assert args.enable_deepspeed
+    assert "--zero_stage 2 implies --enable_deepspeed" in args.notes
+
+
 def test_a_toy_run_takes_the_first_samples():
     assert parse_args(["--set", "DATASET.TOY=true", "--set", "DATASET.TOY_SAMPLES=7"]).limit_samples == 7
 
