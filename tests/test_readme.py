@@ -38,6 +38,8 @@ PARSERS = {
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
+    "scripts/format_dataset_for_llava.py": "scripts.format_dataset_for_llava:build_parser",
+    "scripts/merge_lora_weights.py": "scripts.merge_lora_weights:build_parser",
     "scripts/make_caption_report.py": "scripts.make_caption_report:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",

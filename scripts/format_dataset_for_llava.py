@@ -1,0 +1,160 @@
+"""Turn VizWiz's files, or those of the course competition, into LLaVA's training and question files.
+
+python scripts/format_dataset_for_llava.py                                    # ./data, as the competition's pipeline
+python scripts/format_dataset_for_llava.py --hold_out 0.05 --vizwiz_prompt        # keeps labelled questions for scoring
+
+Reads train.json and valid.json (or val.json, test.json) of --data_path; writes train_for_llava.json,
+valid_for_llava.jsonl (of val.json too), test_for_llava.jsonl; with --hold_out also heldout_for_llava.jsonl and
+heldout_annotations.json.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from data.errors import DataError
+from data.files import open_atomic, write_json_atomic, write_jsonl_atomic
+from data.vizwiz import (
+    ANSWER_CHOICES,
+    SUFFIX,
+    ConversionOptions,
+    VizWizRow,
+    question_lines,
+    read_rows,
+    training_file,
+)
+from scripts.arguments import OneLineParser, count, number
+from scripts.program import run
+
+TRAIN_FILE = "train_for_llava.json"
+HELD_OUT_QUESTIONS, HELD_OUT_ROWS = "heldout_for_llava.jsonl", "heldout_annotations.json"
+# what is asked -> where the questions go; the course says valid, VizWiz val
+_QUESTIONS = {"valid": "valid_for_llava.jsonl", "val": "valid_for_llava.jsonl", "test": "test_for_llava.jsonl"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of this program; without any it does what the competition's pipeline does."""
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the JSON files (%(default)s)")
+    p.add_argument("--output_path", type=Path, help="folder to write (default: --data_path)")
+    p.add_argument("--keep_raw_questions", action="store_true", help="leave questions as they were asked")
+    p.add_argument("--vizwiz_prompt", action="store_true", help="put LLaVA's prompt for VizWiz behind every question")
+    p.add_argument(
+        "--answer_choice",
+        choices=ANSWER_CHOICES,
+        default="mode",
+        help="learn the most frequent answer, or the first of the highest accuracy (%(default)s)",
+    )
+    p.add_argument("--drop_unsure", action="store_true", help="leave out answers of people who were not confident")
+    p.add_argument(
+        "--hold_out",
+        type=number(float, low=0, high=1),
+        default=0.0,
+        metavar="FRACTION",
+        help="share of the training rows that is kept for scoring instead (none)",
+    )
+    p.add_argument("--seed", type=count, default=0, help="of the hold-out (%(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read and convert everything, then write: bad input leaves older files as they are."""
+    args = build_parser().parse_args(argv)
+    output = args.output_path or args.data_path
+    options = ConversionOptions(
+        keep_questions_raw=args.keep_raw_questions,
+        suffix=SUFFIX if args.vizwiz_prompt else "",
+        answer_choice=args.answer_choice,
+        drop_unsure_answers=args.drop_unsure,
+    )
+    rows = read_rows(args.data_path / "train.json")
+    asked = _read_questions(args.data_path)
+    train, held_out = split_rows(rows, args.hold_out, args.seed)
+    converted = training_file(train, options)
+    unlabelled = [row.image for row in held_out if not row.answers]
+    if unlabelled:
+        raise DataError(f"image {unlabelled[0]} has no answers to score against: convert the training split")
+
+    try:
+        with open_atomic(output / TRAIN_FILE) as handle:
+            json.dump(converted.entries, handle, indent=4)  # without a line end, as the original's
+        for name, lines in asked.items():
+            write_jsonl_atomic(output / name, question_lines(lines, options))
+        if held_out:
+            write_jsonl_atomic(output / HELD_OUT_QUESTIONS, question_lines(held_out, options))
+            write_json_atomic(output / HELD_OUT_ROWS, [annotation_of(row) for row in held_out])
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise DataError(f"--output_path {output} cannot be written ({error.strerror}): give another folder") from None
+
+    total = len(converted.entries)
+    print(f"wrote {total} samples to {output / TRAIN_FILE}")
+    for name, lines in asked.items():
+        print(f"wrote {len(lines)} questions to {output / name}")
+    if held_out:
+        print(f"held out {len(held_out)} of {len(rows)} rows in {HELD_OUT_QUESTIONS} and {HELD_OUT_ROWS}")
+    elif (output / HELD_OUT_QUESTIONS).exists():
+        print(f"note: {output / HELD_OUT_QUESTIONS} is of an earlier run; this run trains on its questions, too")
+    for what, amount in (
+        ("unanswerable", converted.num_unanswerable),
+        ("unique answers", converted.num_distinct_answers),
+        ("empty answers replaced", converted.num_replaced),
+    ):
+        print(f"{what}: {amount} of {total} ({100 * amount / total:.1f} %)")
+
+
+def split_rows(rows: Sequence[VizWizRow], share: float, seed: int) -> tuple[list[VizWizRow], list[VizWizRow]]:
+    """Rows to train on and rows to keep for scoring, both in file order.
+
+    The draw is by SHA-256 of seed and id: no library version changes it, and it hardly moves when rows are added.
+
+    Args:
+        rows: of the training split.
+        share: of all rows, below 1; a share above 0 keeps at least one.
+        seed: another one draws other rows.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    if not share:
+        return list(rows), []
+    amount = max(1, round(share * len(rows)))
+    if amount >= len(rows):
+        raise DataError(f"--hold_out {share:g} of {len(rows)} rows leaves nothing to train on: give a smaller share")
+    drawn = sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:amount]
+    chosen = set(drawn)
+    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
+
+
+def annotation_of(row: VizWizRow) -> dict[str, Any]:
+    """The row as VizWiz publishes it, which ``data.vizwiz.read_rows`` reads again."""
+    answers = [
+        {"answer": answer.text} | ({} if answer.confidence is None else {"answer_confidence": answer.confidence})
+        for answer in row.answers
+    ]
+    values: dict[str, Any] = {"image": row.image, "question": row.question, "answers": answers}
+    if row.answer_type is not None:
+        values["answer_type"] = row.answer_type
+    if row.is_answerable is not None:
+        values["answerable"] = int(row.is_answerable)
+    return values
+
+
+def _read_questions(folder: Path) -> dict[str, list[VizWizRow]]:
+    """Rows by the file that their questions go to."""
+    found = [name for name in _QUESTIONS if (folder / f"{name}.json").exists()]
+    if not found:
+        raise DataError(f"{folder} has none of valid.json, val.json and test.json: put the questions to answer there")
+    if {"valid", "val"} <= set(found):
+        raise DataError(f"{folder} has valid.json and val.json, which would be one output: move one of them away")
+    return {_QUESTIONS[name]: read_rows(folder / f"{name}.json") for name in found}
+
+
+if __name__ == "__main__":
+    run(main)

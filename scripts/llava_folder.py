@@ -1,0 +1,516 @@
+"""LLaVA from and to folders, whose kind is told by what is in them and never by their name.
+
+Kinds: LLaVA's own layout, that of transformers, a plain Llama that gets a projector and CLIP's tower, an adapter with
+its base. Weights are streamed into a model without memory, so that little more than the model is held.
+
+Deliberate differences of saved full models: layers of the tower that nobody looks at are not in them; ``config.json``
+has the sizes of the tower (``mm_vision_config``), so that they also load where the tower's folder is not at hand.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.clip_images import CONFIG_FILE as IMAGE_FILE
+from data.clip_images import CLIPImageSettings
+from data.errors import DataError
+from data.files import read_json
+from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
+from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
+from engine.errors import RunError
+from engine.log import say
+from engine.weights import read_state_dict, stream_weights
+from models.clip_vision import CLIPVisionConfig
+from models.errors import ModelError
+from models.llava.config import LlavaConfig
+from models.llava.llava import LlavaForCausalLM
+from models.llava.loading import TOWER, load_stream, missing_weights, start_projector
+from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state, add_adapters, load_adapters
+
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG, REST_FILE = "adapter_config.json", "non_lora_trainables.bin"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
+MAX_SHARD_BYTES = 5 * 10**9
+_TOWER_SIZES = "mm_vision_config"  # our own key beside the original's
+_PROJECTOR = "mm_projector."
+_LAYOUTS = LLAVA, TRANSFORMERS, PLAIN = "llava", "transformers", "llama"
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# what a run or an older program left in a config and has no meaning in a saved model
+_LEFT_BEHIND = ("_name_or_path", "transformers_version", "quantization_config", "auto_map")
+
+
+@dataclass(frozen=True)
+class LlavaFolder:
+    """A model and all that belongs to it.
+
+    Attributes:
+        model: in evaluation mode; of an adapter's folder with the adapters in it, not merged.
+        values: ``config.json`` in LLaVA's own layout, whatever the folder's.
+        vision: sizes of the whole tower.
+        images: how images are prepared; ``image_aspect_ratio`` in ``values`` says how they become square.
+        tokenizer: of the folder or the adapter's base.
+        tokenizer_folder: where its files lie.
+        adapter: rank and scale, if the folder holds an adapter.
+        layout: ``llava``, ``transformers`` or ``llama`` (no projector of its own); of an adapter, that of its base.
+    """
+
+    model: LlavaForCausalLM
+    values: dict[str, Any]
+    vision: CLIPVisionConfig
+    images: CLIPImageSettings
+    tokenizer: LlamaTokenizer
+    tokenizer_folder: Path
+    adapter: LoRAConfig | None
+    layout: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where everything is, before any weight has been read; ``tower`` None: the weights are in the checkpoint."""
+
+    weights: Path
+    layout: str
+    values: dict[str, Any]
+    config: LlavaConfig
+    vision: CLIPVisionConfig
+    images: CLIPImageSettings
+    tower: Path | None
+
+
+def read_llava_folder(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    projector: str | Path | None = None,
+    projector_type: str = "mlp2x_gelu",
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+) -> LlavaFolder:
+    """Read a model folder of any kind.
+
+    Args:
+        path: of the folder.
+        base: of an adapter; None takes the one that it names, as given or beside the adapter.
+        vision_tower: folder of CLIP; None takes the one that the config names, as given or beside the model.
+        projector: weights (``mm_projector.bin``) that replace those of the folder.
+        projector_type: of a plain language model, which has none; ``projector`` must be of this type.
+        tokenizer: folder or sentencepiece file in place of the folder's.
+        dtype: of the weights, not of adapters, which stay float32; None: that of the files.
+        device: of the model.
+
+    Raises:
+        DataError: a file is missing or broken.
+        EngineError: a weight file or shard is missing, broken or unsafe.
+        ModelError: weights are missing or of other sizes, or the config asks for what is not implemented.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"no model folder at {path}: give the folder that holds config.json")
+    adapter, source, overriding = None, path, None
+    if (path / ADAPTER_CONFIG).exists():
+        adapter = LoRAConfig.from_dict(_read_object(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
+        overriding = _adapter_values(path)
+        source = _base_of(path, adapter, base)
+    elif base is not None:
+        raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
+    plan = _plan(source, overriding, path, vision_tower, projector_type)
+    tokens, tokenizer_folder = _tokenizer(tokenizer, (source, path), plan.config.text.vocab_size)
+    with torch.device("meta"):
+        model = LlavaForCausalLM(plan.config, plan.vision).eval()
+    skip = (TOWER,) if plan.tower else ()
+    if adapter is not None:
+        skip += (f"model.{_PROJECTOR}",)  # the adapter brings its own, perhaps more precise than the base's
+    load_stream(model, stream_weights(plan.weights), dtype=dtype, skip=skip)
+    if plan.tower:
+        load_stream(model, stream_weights(plan.tower), dtype=dtype)
+    if plan.config.text.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # two since loading
+    if projector is not None:
+        load_stream(model, _projector_weights(Path(projector)), dtype=dtype)
+    if adapter is not None and _has_projector(model):
+        rest = read_state_dict(path / REST_FILE)
+        load_stream(model, ((name.removeprefix(PEFT_PREFIX), value) for name, value in rest.items()), dtype=dtype)
+    _fill_or_refuse(model, plan, is_adapter=adapter is not None, dtype=dtype)
+    if adapter is not None:
+        add_adapters(model.model.layers, adapter)
+        # the original puts adapters on the tower of some bases, where they never trained
+        load_adapters(model, read_state_dict(_adapter_file(path)), ignore=("vision_tower.",))
+        for name, parameter in model.named_parameters():  # what the original trains, and what belongs to an adapter
+            parameter.requires_grad_(".lora_" in name or _PROJECTOR in name)
+    model = model.to(device).eval()
+    return LlavaFolder(model, plan.values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, plan.layout)
+
+
+def _plan(
+    source: Path, overriding: dict[str, Any] | None, near: Path, tower: str | Path | None, projector_type: str
+) -> _Plan:
+    """Decide by content what the folder is, and where its tower comes from."""
+    where = source / CONFIG_FILE
+    values = _read_object(where, advice="it comes with the weights")
+    if "text_config" in values:
+        config = LlavaConfig.from_hf(values, str(where))
+        vision = CLIPVisionConfig.from_dict(values.get("vision_config") or {}, f"{where}: vision_config")
+        values = _values_of(config)
+        if overriding is not None:
+            _need_equal_sizes(overriding, values, near, source)
+            config, values = LlavaConfig.from_dict(overriding, str(near / CONFIG_FILE)), overriding
+        return _Plan(source, TRANSFORMERS, values, config, vision, _images(vision, source), None)
+    layout = LLAVA if any(key.startswith("mm_") for key in values) else PLAIN
+    from_checkpoint = values.get("unfreeze_mm_vision_tower") is True
+    if overriding is not None:
+        _need_equal_sizes(overriding, values, near, source)
+        values, where = overriding, near / CONFIG_FILE
+        from_checkpoint |= values.get("unfreeze_mm_vision_tower") is True
+    named = tower or values.get("mm_vision_tower") or values.get("vision_tower")
+    if not named:
+        raise DataError(f"{source} is a language model without an image tower: give CLIP's folder as --vision_tower")
+    folder = _find_folder(str(named), (source, near))
+    if folder is None and isinstance(values.get(_TOWER_SIZES), dict) and tower is None:
+        vision, from_checkpoint = CLIPVisionConfig.from_dict(values[_TOWER_SIZES], f"{where}: {_TOWER_SIZES}"), True
+    elif folder is None:
+        raise DataError(f"no image tower at {named}, nor beside {source}: download it and give it as --vision_tower")
+    else:
+        vision = CLIPVisionConfig.from_dict(_read_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    if layout == PLAIN and overriding is None:
+        values = values | {
+            "mm_vision_tower": str(named),
+            "mm_hidden_size": vision.hidden_size,
+            "mm_projector_type": projector_type,
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": "pad",
+        }
+    config = LlavaConfig.from_dict(values, str(where))
+    images = _images(vision, *((folder,) if folder else ()), source)
+    return _Plan(source, layout, values, config, vision, images, None if from_checkpoint else folder)
+
+
+def _fill_or_refuse(model: LlavaForCausalLM, plan: _Plan, *, is_adapter: bool, dtype: torch.dtype | None) -> None:
+    missing = missing_weights(model)
+    if plan.layout == PLAIN and not is_adapter and missing and all(_PROJECTOR in name for name in missing):
+        if len(missing) < len(list(model.model.mm_projector.parameters())):
+            raise ModelError(f"the projector's weights lack {missing[0]}: give a whole one of the type it has")
+        start_projector(model, dtype or model.lm_head.weight.dtype)
+        say(f"{plan.weights} has no projector: a new one, which must be trained")
+        return
+    if missing:
+        source = plan.tower if plan.tower and missing[0].startswith(TOWER) else plan.weights
+        raise ModelError(f"{source} lacks {len(missing)} weights, the first: {missing[0]}; download it again")
+
+
+def _adapter_values(path: Path) -> dict[str, Any]:
+    advice = "folders of checkpoints within a run of the original lack it; give the folder of its end, which has it"
+    values = _read_object(path / CONFIG_FILE, advice=advice)
+    if not (path / REST_FILE).exists() and values.get("mm_projector_type") != "identity":
+        raise DataError(f"{path} has no {REST_FILE}, which holds the trained projector: {advice}")
+    return values
+
+
+def _adapter_file(path: Path) -> Path:
+    for name in ADAPTER_FILES:
+        if (path / name).exists():
+            return path / name
+    raise DataError(f"{path} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}: copy it whole")
+
+
+def _base_of(path: Path, adapter: LoRAConfig, given: str | Path | None) -> Path:
+    """The base's folder; another one than the adapter was trained on would load and answer badly."""
+    named = adapter.base_model_name_or_path
+    if given is None:
+        found = _find_folder(named, (path,)) if named else None
+        if found is None:
+            raise DataError(f"{path} is an adapter of {named or 'an unnamed model'}: give its folder as --model-base")
+    else:
+        found = Path(given)
+        if not found.is_dir():
+            raise DataError(f"no model folder at {found}: give the folder of {named or 'the base'} as --model-base")
+        if named and Path(named).name != found.resolve().name:
+            say(f"warning: the adapter {path} was trained on {named}, not on {found}: answers may be bad")
+    if (found / ADAPTER_CONFIG).exists():
+        raise DataError(f"the base {found} is an adapter itself: merge it first (scripts/merge_lora_weights.py)")
+    return found
+
+
+def _need_equal_sizes(own: Mapping[str, Any], base: Mapping[str, Any], path: Path, source: Path) -> None:
+    for key in _SIZES:
+        if key in own and key in base and own[key] != base[key]:
+            raise ModelError(
+                f"the adapter {path} is for a base of {key} {own[key]}, {source} has {base[key]}: give its own base"
+            )
+
+
+def _find_folder(name: str, near: Sequence[Path]) -> Path | None:
+    """A folder by its name: as given, then beside others, there also by its last part (``openai/clip`` as ``clip``)."""
+    places = [Path(name)]
+    for folder in near:
+        beside = folder.resolve().parent
+        places += [beside / name, beside / Path(name).name]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _images(vision: CLIPVisionConfig, *folders: Path) -> CLIPImageSettings:
+    for folder in folders:
+        if (folder / IMAGE_FILE).exists():
+            settings = CLIPImageSettings.load(folder / IMAGE_FILE)
+            if settings.crop_size != (vision.image_size, vision.image_size):
+                raise DataError(
+                    f"{folder / IMAGE_FILE}: crop_size {settings.crop_size}, the tower takes {vision.image_size}: "
+                    "give both files of one tower"
+                )
+            return settings
+    return CLIPImageSettings().resized(vision.image_size)
+
+
+def _tokenizer(given: str | Path | None, folders: Sequence[Path], rows: int) -> tuple[LlamaTokenizer, Path]:
+    """The tokenizer, without added tokens if the table has no rows for them (<image> of transformers' folders)."""
+    place = Path(given) if given else next((f for f in folders if (f / MODEL_FILE).exists()), folders[0])
+    tokens = LlamaTokenizer.load(place)
+    model_file = place / MODEL_FILE if place.is_dir() else place
+    if tokens.vocab_size > rows:
+        tokens = LlamaTokenizer(model_file, legacy=tokens.legacy)
+    if tokens.vocab_size > rows:
+        raise ModelError(f"{model_file} has {tokens.vocab_size} pieces, the model {rows} rows: give its own tokenizer")
+    return tokens, model_file.parent
+
+
+def _projector_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, value in read_state_dict(path).items():
+        _, found, rest = name.partition(_PROJECTOR)
+        if not found:
+            raise ModelError(f"{path} holds {name}, which is no weight of a projector: give mm_projector.bin")
+        yield f"model.{_PROJECTOR}{rest}", value
+
+
+def _has_projector(model: LlavaForCausalLM) -> bool:
+    return any(True for _ in model.model.mm_projector.parameters())
+
+
+def _read_object(path: Path, advice: str = "") -> dict[str, Any]:
+    values = read_json(path, advice=advice)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold an object of settings, got {values!r:.40}")
+    return values
+
+
+def _values_of(config: LlavaConfig) -> dict[str, Any]:
+    """``config.json`` of LLaVA's layout for a model that came in another."""
+    text = asdict(config.text)
+    factor = text.pop("rope_factor")
+    return text | {
+        "hidden_act": "silu",
+        "rope_scaling": None if factor == 1 else {"type": "linear", "factor": factor},
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_hidden_size": config.mm_hidden_size,
+        "mm_projector_type": config.mm_projector_type,
+        "mm_vision_select_layer": config.mm_vision_select_layer,
+        "mm_vision_select_feature": config.mm_vision_select_feature,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_patch_merge_type": "flat",
+        "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+        # the tower's weights are in the folder, whatever else is at hand
+        "unfreeze_mm_vision_tower": True,
+    }
+
+
+def save_full_model(
+    output: str | Path,
+    folder: LlavaFolder,
+    *,
+    dtype: torch.dtype = torch.float16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder of LLaVA's own layout, tower included; it takes its name only when it is whole.
+
+    Args:
+        output: folder to write.
+        folder: a model without adapters, and what belongs to it.
+        dtype: of the weights.
+        max_shard_bytes: of one file; a larger tensor has a file of its own.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        DataError: the folder exists, or holds other things than a model.
+        ModelError: the model has adapters that are not merged.
+        RunError: the disk is full or not writable.
+    """
+    output = Path(output).absolute()
+    check_output(output, overwrite=overwrite)
+    state = dict(folder.model.state_dict())
+    if any(".lora_" in name for name in state):
+        raise ModelError("the model has adapters that are not merged: merge them, or save the adapter")
+    if folder.model.config.text.tie_word_embeddings:
+        del state["lm_head.weight"]
+    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / CONFIG_FILE, _saved_values(folder, dtype))
+        _write_json(temporary / "generation_config.json", GENERATION)
+        settings = json.loads(folder.images.to_json())
+        settings.pop("processor_class", None)
+        _write_json(temporary / IMAGE_FILE, settings)
+        _copy_tokenizer(folder, temporary)
+        _write_shards(temporary, state, dtype, max_shard_bytes)
+        _take_name(temporary, output)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write a model where something is.
+
+    Raises:
+        DataError: says what is there.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not output.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{output} exists: give another folder, or --overwrite")
+    if not (output / CONFIG_FILE).is_file():
+        raise DataError(f"{output} is no model folder (no {CONFIG_FILE}), so it is not replaced: give another folder")
+
+
+def save_adapter(
+    output: str | Path,
+    folder: LlavaFolder,
+    *,
+    base_name: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write all four files that make an adapter usable; other files of the folder stay.
+
+    Args:
+        output: folder to write, such as that of a run.
+        folder: a model with adapters, ``adapter`` says of which rank.
+        base_name: to record as its base; None leaves what ``adapter`` says.
+        state: the model's, where it must be gathered from several processes; None takes the model's own.
+
+    Raises:
+        ModelError: the model has no adapters.
+        RunError: the disk is full or not writable.
+    """
+    output = Path(output)
+    state = folder.model.state_dict() if state is None else state
+    adapters = {name: _plain(value) for name, value in adapter_state(state).items()}
+    if folder.adapter is None or not adapters:
+        raise ModelError("the model has no adapters to save: save the full model")
+    trained = {name for name, parameter in folder.model.named_parameters() if parameter.requires_grad}
+    rest = {
+        PEFT_PREFIX + name: _plain(value)
+        for name, value in state.items()
+        if ".lora_" not in name and (name in trained or _PROJECTOR in name)
+    }
+    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
+        if rest:
+            _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
+        _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
+        # the last: by this file a folder is an adapter
+        _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, config.as_dict()))
+    except Exception as error:
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+
+
+def _saved_values(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Any]:
+    values = {key: value for key, value in folder.values.items() if key not in _LEFT_BEHIND}
+    return values | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        _TOWER_SIZES: asdict(folder.vision) | {"model_type": "clip_vision_model"},
+    }
+
+
+def _copy_tokenizer(folder: LlavaFolder, target: Path) -> None:
+    names = [MODEL_FILE, TOKENIZER_FILE, "special_tokens_map.json"]
+    source = folder.tokenizer_folder
+    added = LlamaTokenizer.load(source).vocab_size
+    if added == folder.tokenizer.vocab_size:  # else its added tokens have no rows in this model
+        names.append(ADDED_FILE)
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> None:
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, value in state.items():
+        size = value.numel() * dtype.itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({name: _plain(state[name], dtype) for name in names}, target / file, metadata={"format": "pt"})
+        _sync(target / file)
+        places.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(target / "model.safetensors.index.json", index)
+
+
+def _take_name(temporary: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    if output.exists():
+        output.replace(old)
+    try:
+        temporary.replace(output)
+    except OSError:
+        if old.exists():
+            old.replace(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    # a copy: pieces of one long tensor would each carry all of it
+    return value.detach().to("cpu", dtype or value.dtype).clone().contiguous()
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

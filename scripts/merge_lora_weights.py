@@ -1,0 +1,107 @@
+"""Merge an adapter into its base: a full LLaVA folder that loads by itself.
+
+python scripts/merge_lora_weights.py --model-path ADAPTER --model-base BASE --save-model-path OUT
+
+Adds in float32 and rounds once; the original, which --float16_merge reproduces, rounds the change and the sum.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+from typing import TYPE_CHECKING
+
+from data.errors import DataError
+from scripts.arguments import OneLineParser, number
+from scripts.program import run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The original's three flags, and ours."""
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--model-path", "--model_path", type=Path, required=True, help="folder of the adapter")
+    p.add_argument("--model-base", "--model_base", type=Path, help="folder of its base (default: the one it names)")
+    p.add_argument("--save-model-path", "--save_model_path", type=Path, required=True, help="folder to write")
+    p.add_argument("--vision-tower", "--vision_tower", type=Path, help="folder of CLIP (default: the config's)")
+    p.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the result (%(default)s)"
+    )
+    p.add_argument("--float16_merge", action="store_true", help="the original's arithmetic, rounding twice")
+    p.add_argument(
+        "--max_shard_gb", type=number(float, low=0, above=True), default=5.0, help="size of a file (%(default)s)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace a model folder that exists")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, merge, write."""
+    args = build_parser().parse_args(argv)
+    if args.float16_merge and args.dtype != "float16":
+        raise DataError(f"--float16_merge gives float16, not --dtype {args.dtype}: leave one of them out")
+
+    import torch
+
+    from scripts.llava_folder import check_output, read_llava_folder, save_full_model
+
+    output = args.save_model_path
+    for source in filter(None, (args.model_path, args.model_base)):
+        if output.resolve() == source.resolve():
+            raise DataError(f"--save-model-path {output} is an input itself: give another folder")
+    check_output(output, overwrite=args.overwrite)
+    if args.model_path.is_dir() and not (args.model_path / "adapter_config.json").exists():
+        raise DataError(f"{args.model_path} has no adapter_config.json, so there is nothing to merge: give an adapter")
+    dtype = getattr(torch, args.dtype)
+    folder = read_llava_folder(
+        args.model_path,
+        base=args.model_base,
+        vision_tower=args.vision_tower,
+        dtype=torch.float16 if args.float16_merge else None,
+    )
+    merged = merge(folder.model, dtype, like_original=args.float16_merge)
+    save_full_model(
+        output, folder, dtype=dtype, max_shard_bytes=int(args.max_shard_gb * 10**9), overwrite=args.overwrite
+    )
+    print(f"merged {merged} adapters of {args.model_path}, wrote {output}")
+
+
+def merge(module: "nn.Module", dtype: "torch.dtype", *, like_original: bool = False) -> int:
+    """Put every adapter into its weight, layer by layer, and leave plain layers.
+
+    Args:
+        module: with adapters.
+        dtype: of the merged weights, to which the float32 sum is rounded once.
+        like_original: round the adapters, the change and the sum to float16, each.
+
+    Returns:
+        How many there were.
+    """
+    import torch
+    from torch import nn
+
+    from models.lora import LoRALinear
+
+    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, LoRALinear)]
+    for name, part in layers:
+        if like_original:
+            for half in (part.lora_A, part.lora_B):
+                half.to(torch.float16)
+            total = part.weight.half() + part.change().half()
+        else:
+            total = (part.weight.float() + part.change()).to(dtype)
+        part.weight = nn.Parameter(total.detach(), requires_grad=False)
+        # the adapter is in the weight now: with nothing left to add, what merged() gives is the plain layer
+        nn.init.zeros_(part.lora_B.weight)
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, part.merged())
+    return len(layers)
+
+
+if __name__ == "__main__":
+    run(main)
