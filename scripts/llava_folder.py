@@ -1,31 +1,22 @@
-"""LLaVA from and to folders, whose kind is told by what is in them and never by their name.
+"""LLaVA from folders, whose kind is told by what is in them and never by their name.
 
 Kinds: LLaVA's own layout, that of transformers, a plain Llama that gets a projector and CLIP's tower, an adapter with
 its base. Weights are streamed into a model without memory, so that little more than the model is held.
-
-Deliberate differences of saved full models: layers of the tower that nobody looks at are not in them; ``config.json``
-has the sizes of the tower (``mm_vision_config``), so that they also load where the tower's folder is not at hand.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.clip_images import CONFIG_FILE as IMAGE_FILE
 from data.clip_images import CLIPImageSettings
 from data.errors import DataError
 from data.files import read_json
-from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
-from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
-from engine.errors import RunError
+from data.tokenizers.llama import MODEL_FILE, LlamaTokenizer
 from engine.log import say
 from engine.weights import read_state_dict, stream_weights
 from models.clip_vision import CLIPVisionConfig
@@ -33,19 +24,15 @@ from models.errors import ModelError
 from models.llava.config import LlavaConfig
 from models.llava.llava import LlavaForCausalLM
 from models.llava.loading import TOWER, load_stream, missing_weights, start_projector
-from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state, add_adapters, load_adapters
+from models.lora import PEFT_PREFIX, LoRAConfig, add_adapters, load_adapters
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG, REST_FILE = "adapter_config.json", "non_lora_trainables.bin"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
-MAX_SHARD_BYTES = 5 * 10**9
-_TOWER_SIZES = "mm_vision_config"  # our own key beside the original's
-_PROJECTOR = "mm_projector."
+TOWER_SIZES = "mm_vision_config"  # our own key beside the original's
+PROJECTOR = "mm_projector."
 _LAYOUTS = LLAVA, TRANSFORMERS, PLAIN = "llava", "transformers", "llama"
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# what a run or an older program left in a config and has no meaning in a saved model
-_LEFT_BEHIND = ("_name_or_path", "transformers_version", "quantization_config", "auto_map")
 
 
 @dataclass(frozen=True)
@@ -130,7 +117,7 @@ def read_llava_folder(
         model = LlavaForCausalLM(plan.config, plan.vision).eval()
     skip = (TOWER,) if plan.tower else ()
     if adapter is not None:
-        skip += (f"model.{_PROJECTOR}",)  # the adapter brings its own, perhaps more precise than the base's
+        skip += (f"model.{PROJECTOR}",)  # the adapter brings its own, perhaps more precise than the base's
     load_stream(model, stream_weights(plan.weights), dtype=dtype, skip=skip)
     if plan.tower:
         load_stream(model, stream_weights(plan.tower), dtype=dtype)
@@ -147,7 +134,7 @@ def read_llava_folder(
         # the original puts adapters on the tower of some bases, where they never trained
         load_adapters(model, read_state_dict(_adapter_file(path)), ignore=("vision_tower.",))
         for name, parameter in model.named_parameters():  # what the original trains, and what belongs to an adapter
-            parameter.requires_grad_(".lora_" in name or _PROJECTOR in name)
+            parameter.requires_grad_(".lora_" in name or PROJECTOR in name)
     model = model.to(device).eval()
     return LlavaFolder(model, plan.values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, plan.layout)
 
@@ -176,8 +163,8 @@ def _plan(
     if not named:
         raise DataError(f"{source} is a language model without an image tower: give CLIP's folder as --vision_tower")
     folder = _find_folder(str(named), (source, near))
-    if folder is None and isinstance(values.get(_TOWER_SIZES), dict) and tower is None:
-        vision, from_checkpoint = CLIPVisionConfig.from_dict(values[_TOWER_SIZES], f"{where}: {_TOWER_SIZES}"), True
+    if folder is None and isinstance(values.get(TOWER_SIZES), dict) and tower is None:
+        vision, from_checkpoint = CLIPVisionConfig.from_dict(values[TOWER_SIZES], f"{where}: {TOWER_SIZES}"), True
     elif folder is None:
         raise DataError(f"no image tower at {named}, nor beside {source}: download it and give it as --vision_tower")
     else:
@@ -198,7 +185,7 @@ def _plan(
 
 def _fill_or_refuse(model: LlavaForCausalLM, plan: _Plan, *, is_adapter: bool, dtype: torch.dtype | None) -> None:
     missing = missing_weights(model)
-    if plan.layout == PLAIN and not is_adapter and missing and all(_PROJECTOR in name for name in missing):
+    if plan.layout == PLAIN and not is_adapter and missing and all(PROJECTOR in name for name in missing):
         if len(missing) < len(list(model.model.mm_projector.parameters())):
             raise ModelError(f"the projector's weights lack {missing[0]}: give a whole one of the type it has")
         start_projector(model, dtype or model.lm_head.weight.dtype)
@@ -286,10 +273,10 @@ def _tokenizer(given: str | Path | None, folders: Sequence[Path], rows: int) -> 
 
 def _projector_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     for name, value in read_state_dict(path).items():
-        _, found, rest = name.partition(_PROJECTOR)
+        _, found, rest = name.partition(PROJECTOR)
         if not found:
             raise ModelError(f"{path} holds {name}, which is no weight of a projector: give mm_projector.bin")
-        yield f"model.{_PROJECTOR}{rest}", value
+        yield f"model.{PROJECTOR}{rest}", value
 
 
 def _has_projector(model: LlavaForCausalLM) -> bool:
@@ -323,194 +310,3 @@ def _values_of(config: LlavaConfig) -> dict[str, Any]:
         # the tower's weights are in the folder, whatever else is at hand
         "unfreeze_mm_vision_tower": True,
     }
-
-
-def save_full_model(
-    output: str | Path,
-    folder: LlavaFolder,
-    *,
-    dtype: torch.dtype = torch.float16,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
-) -> None:
-    """Write a folder of LLaVA's own layout, tower included; it takes its name only when it is whole.
-
-    Args:
-        output: folder to write.
-        folder: a model without adapters, and what belongs to it.
-        dtype: of the weights.
-        max_shard_bytes: of one file; a larger tensor has a file of its own.
-        overwrite: replace a model folder that is there.
-
-    Raises:
-        DataError: the folder exists, or holds other things than a model.
-        ModelError: the model has adapters that are not merged.
-        RunError: the disk is full or not writable.
-    """
-    output = Path(output).absolute()
-    check_output(output, overwrite=overwrite)
-    state = dict(folder.model.state_dict())
-    if any(".lora_" in name for name in state):
-        raise ModelError("the model has adapters that are not merged: merge them, or save the adapter")
-    if folder.model.config.text.tie_word_embeddings:
-        del state["lm_head.weight"]
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        _write_json(temporary / CONFIG_FILE, _saved_values(folder, dtype))
-        _write_json(temporary / "generation_config.json", GENERATION)
-        settings = json.loads(folder.images.to_json())
-        settings.pop("processor_class", None)
-        _write_json(temporary / IMAGE_FILE, settings)
-        _copy_tokenizer(folder, temporary)
-        _write_shards(temporary, state, dtype, max_shard_bytes)
-        _take_name(temporary, output)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse to write a model where something is.
-
-    Raises:
-        DataError: says what is there.
-    """
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not output.exists():
-        return
-    if not overwrite:
-        raise DataError(f"{output} exists: give another folder, or --overwrite")
-    if not (output / CONFIG_FILE).is_file():
-        raise DataError(f"{output} is no model folder (no {CONFIG_FILE}), so it is not replaced: give another folder")
-
-
-def save_adapter(
-    output: str | Path,
-    folder: LlavaFolder,
-    *,
-    base_name: str | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write all four files that make an adapter usable; other files of the folder stay.
-
-    Args:
-        output: folder to write, such as that of a run.
-        folder: a model with adapters, ``adapter`` says of which rank.
-        base_name: to record as its base; None leaves what ``adapter`` says.
-        state: the model's, where it must be gathered from several processes; None takes the model's own.
-
-    Raises:
-        ModelError: the model has no adapters.
-        RunError: the disk is full or not writable.
-    """
-    output = Path(output)
-    state = folder.model.state_dict() if state is None else state
-    adapters = {name: _plain(value) for name, value in adapter_state(state).items()}
-    if folder.adapter is None or not adapters:
-        raise ModelError("the model has no adapters to save: save the full model")
-    trained = {name for name, parameter in folder.model.named_parameters() if parameter.requires_grad}
-    rest = {
-        PEFT_PREFIX + name: _plain(value)
-        for name, value in state.items()
-        if ".lora_" not in name and (name in trained or _PROJECTOR in name)
-    }
-    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
-        if rest:
-            _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
-        _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
-        # the last: by this file a folder is an adapter
-        _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, config.as_dict()))
-    except Exception as error:
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
-
-
-def _saved_values(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Any]:
-    values = {key: value for key, value in folder.values.items() if key not in _LEFT_BEHIND}
-    return values | {
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        _TOWER_SIZES: asdict(folder.vision) | {"model_type": "clip_vision_model"},
-    }
-
-
-def _copy_tokenizer(folder: LlavaFolder, target: Path) -> None:
-    names = [MODEL_FILE, TOKENIZER_FILE, "special_tokens_map.json"]
-    source = folder.tokenizer_folder
-    added = LlamaTokenizer.load(source).vocab_size
-    if added == folder.tokenizer.vocab_size:  # else its added tokens have no rows in this model
-        names.append(ADDED_FILE)
-    for name in names:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
-
-
-def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> None:
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name, value in state.items():
-        size = value.numel() * dtype.itemsize
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled, total = filled + size, total + size
-    places = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: _plain(state[name], dtype) for name in names}, target / file, metadata={"format": "pt"})
-        _sync(target / file)
-        places.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(target / "model.safetensors.index.json", index)
-
-
-def _take_name(temporary: Path, output: Path) -> None:
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    if output.exists():
-        output.replace(old)
-    try:
-        temporary.replace(output)
-    except OSError:
-        if old.exists():
-            old.replace(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _plain(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    # a copy: pieces of one long tensor would each carry all of it
-    return value.detach().to("cpu", dtype or value.dtype).clone().contiguous()
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from scripts.llava_folder import check_output, read_llava_folder, save_full_model
+    from scripts.llava_folder import read_llava_folder
+    from scripts.llava_saving import check_output, save_full_model
 
     output = args.save_model_path
     for source in filter(None, (args.model_path, args.model_base)):

@@ -10,7 +10,8 @@ from data.errors import DataError
 from engine.errors import EngineError
 from engine.weights import read_state_dict
 from models.errors import ModelError
-from scripts.llava_folder import LlavaFolder, read_llava_folder, save_adapter, save_full_model
+from scripts.llava_folder import LlavaFolder, read_llava_folder
+from scripts.llava_saving import save_adapter, save_full_model
 from scripts.merge_lora_weights import main
 from tests.parity.fixture_files import fixture_path
 from tests.parity.test_llava_loading import assert_answers

@@ -1,0 +1,230 @@
+"""LLaVA to folders: a full model in shards with an index, or an adapter in peft's files; whole or not at all.
+
+Deliberate differences of saved full models: layers of the tower that nobody looks at are not in them; ``config.json``
+has the sizes of the tower (``mm_vision_config``), so that they also load where the tower's folder is not at hand.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.clip_images import CONFIG_FILE as IMAGE_FILE
+from data.errors import DataError
+from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
+from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
+from engine.errors import RunError
+from models.errors import ModelError
+from models.lora import PEFT_PREFIX, adapter_state
+from scripts.llava_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    PROJECTOR,
+    REST_FILE,
+    TOWER_SIZES,
+    LlavaFolder,
+)
+
+GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
+MAX_SHARD_BYTES = 5 * 10**9
+# what a run or an older program left in a config and has no meaning in a saved model
+_LEFT_BEHIND = ("_name_or_path", "transformers_version", "quantization_config", "auto_map")
+
+
+def save_full_model(
+    output: str | Path,
+    folder: LlavaFolder,
+    *,
+    dtype: torch.dtype = torch.float16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder of LLaVA's own layout, tower included; it takes its name only when it is whole.
+
+    Args:
+        output: folder to write.
+        folder: a model without adapters, and what belongs to it.
+        dtype: of the weights.
+        max_shard_bytes: of one file; a larger tensor has a file of its own.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        DataError: the folder exists, or holds other things than a model.
+        ModelError: the model has adapters that are not merged.
+        RunError: the disk is full or not writable.
+    """
+    output = Path(output).absolute()
+    check_output(output, overwrite=overwrite)
+    state = dict(folder.model.state_dict())
+    if any(".lora_" in name for name in state):
+        raise ModelError("the model has adapters that are not merged: merge them, or save the adapter")
+    if folder.model.config.text.tie_word_embeddings:
+        del state["lm_head.weight"]
+    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / CONFIG_FILE, _saved_values(folder, dtype))
+        _write_json(temporary / "generation_config.json", GENERATION)
+        settings = json.loads(folder.images.to_json())
+        settings.pop("processor_class", None)
+        _write_json(temporary / IMAGE_FILE, settings)
+        _copy_tokenizer(folder, temporary)
+        _write_shards(temporary, state, dtype, max_shard_bytes)
+        _take_name(temporary, output)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write a model where something is.
+
+    Raises:
+        DataError: says what is there.
+    """
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not output.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{output} exists: give another folder, or --overwrite")
+    if not (output / CONFIG_FILE).is_file():
+        raise DataError(f"{output} is no model folder (no {CONFIG_FILE}), so it is not replaced: give another folder")
+
+
+def save_adapter(
+    output: str | Path,
+    folder: LlavaFolder,
+    *,
+    base_name: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write all four files that make an adapter usable; other files of the folder stay.
+
+    Args:
+        output: folder to write, such as that of a run.
+        folder: a model with adapters, ``adapter`` says of which rank.
+        base_name: to record as its base; None leaves what ``adapter`` says.
+        state: the model's, where it must be gathered from several processes; None takes the model's own.
+
+    Raises:
+        ModelError: the model has no adapters.
+        RunError: the disk is full or not writable.
+    """
+    output = Path(output)
+    state = folder.model.state_dict() if state is None else state
+    adapters = {name: _plain(value) for name, value in adapter_state(state).items()}
+    if folder.adapter is None or not adapters:
+        raise ModelError("the model has no adapters to save: save the full model")
+    trained = {name for name, parameter in folder.model.named_parameters() if parameter.requires_grad}
+    rest = {
+        PEFT_PREFIX + name: _plain(value)
+        for name, value in state.items()
+        if ".lora_" not in name and (name in trained or PROJECTOR in name)
+    }
+    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
+        if rest:
+            _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
+        _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
+        # the last: by this file a folder is an adapter
+        _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, config.as_dict()))
+    except Exception as error:
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+
+
+def _saved_values(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Any]:
+    values = {key: value for key, value in folder.values.items() if key not in _LEFT_BEHIND}
+    return values | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        TOWER_SIZES: asdict(folder.vision) | {"model_type": "clip_vision_model"},
+    }
+
+
+def _copy_tokenizer(folder: LlavaFolder, target: Path) -> None:
+    names = [MODEL_FILE, TOKENIZER_FILE, "special_tokens_map.json"]
+    source = folder.tokenizer_folder
+    added = LlamaTokenizer.load(source).vocab_size
+    if added == folder.tokenizer.vocab_size:  # else its added tokens have no rows in this model
+        names.append(ADDED_FILE)
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> None:
+    shards: list[list[str]] = [[]]
+    filled = total = 0
+    for name, value in state.items():
+        size = value.numel() * dtype.itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({name: _plain(state[name], dtype) for name in names}, target / file, metadata={"format": "pt"})
+        _sync(target / file)
+        places.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(target / "model.safetensors.index.json", index)
+
+
+def _take_name(temporary: Path, output: Path) -> None:
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    if output.exists():
+        output.replace(old)
+    try:
+        temporary.replace(output)
+    except OSError:
+        if old.exists():
+            old.replace(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    # a copy: pieces of one long tensor would each carry all of it
+    return value.detach().to("cpu", dtype or value.dtype).clone().contiguous()
+
+
+def _write_whole(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
