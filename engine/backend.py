@@ -27,6 +27,29 @@ STATE_FILE = "training_state.pth"
 _NO_PARTS: Mapping[str, float] = MappingProxyType({})
 
 
+def _write_weights(state: Mapping[str, Tensor], folder: Path) -> None:
+    torch.save({"model": dict(state)}, folder / WEIGHTS_FILE)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    return read_state_dict(folder / WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class WeightsFormat:
+    """How the weights lie in a checkpoint's folder, so that others can read it as it is.
+
+    Attributes:
+        write: ``(state dict, folder)``; the tensors may be of any device. Raises OSError or RuntimeError.
+        read: folder → state dict with the same names; raises an EngineError where it cannot.
+        with_frozen: False: trained weights only; a resumed run brings the frozen ones itself.
+    """
+
+    write: Callable[[Mapping[str, Tensor], Path], None] = _write_weights
+    read: Callable[[Path], dict[str, Tensor]] = _read_weights
+    with_frozen: bool = True
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """What an optimizer step did; tensors stay on the device so that nobody waits for it at every step."""
@@ -115,13 +138,12 @@ class TorchBackend:
         clip_parts: Mapping[str, float | None] = MappingProxyType({}),
         ema: ModelEMA | None = None,
         initial_loss_scale: float = 65536.0,
-        save_frozen: bool = True,
+        weights: WeightsFormat | None = None,
     ) -> None:
         """Wrap a model that is already on ``device``; the optimizer's groups carry ``lr_scale``.
 
         Groups that carry a ``part`` named in ``clip_parts`` are clipped by their own norm to that value, the others
-        together to ``clip_grad``. Without ``save_frozen`` checkpoints hold trained weights only, and a resumed run
-        brings the frozen ones itself.
+        together to ``clip_grad``. ``weights`` says how checkpoints hold them, else ``model.pth`` does (key ``model``).
         """
         if accumulation_steps < 1:
             raise EngineError(f"accumulation needs at least 1 step, got {accumulation_steps}")
@@ -132,7 +154,7 @@ class TorchBackend:
         self.optimizer = optimizer
         self.ema = ema
         self._dtype = autocast_dtype
-        self._save_frozen = save_frozen
+        self._weights = weights or WeightsFormat()
         self._scaler = torch.amp.GradScaler(
             device.type, enabled=autocast_dtype is torch.float16, init_scale=initial_loss_scale
         )
@@ -239,10 +261,10 @@ class TorchBackend:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write ``model.pth`` (key ``model``, original names), ``training_state.pth`` and ``model_ema.pth``."""
+        """Write the weights (original names), ``training_state.pth`` and ``model_ema.pth``."""
         if not distributed.is_main():
             return
-        torch.save({"model": self._kept(self.unwrapped().state_dict())}, folder / WEIGHTS_FILE)
+        self._weights.write(self._kept(self.unwrapped().state_dict()), folder)
         if self.ema is not None:
             torch.save({"model": self.ema.state_dict()}, folder / EMA_FILE)
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict(), "extra": extra}
@@ -255,7 +277,7 @@ class TorchBackend:
                 f"{folder} was written with DeepSpeed: give --enable_deepspeed and its --zero_stage, or start anew "
                 f"from its weights: --finetune {folder} with another --output_dir"
             )
-        _load_matching(self._load_weights, read_state_dict(folder / WEIGHTS_FILE), folder)
+        _load_matching(self._load_weights, self._weights.read(folder), folder)
         state = load_torch_file(folder / STATE_FILE)
         _load_matching(self._load_optimizer, state["optimizer"], folder)
         self._say_replaced(state["optimizer"], folder)
@@ -269,18 +291,18 @@ class TorchBackend:
 
     def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
         """The entries of a state dict that checkpoints hold."""
-        if self._save_frozen:
+        if self._weights.with_frozen:
             return state
-        trained = {name for name, parameter in self.unwrapped().named_parameters() if parameter.requires_grad}
+        trained = trained_names(self.unwrapped())
         return {name: value for name, value in state.items() if name in trained}
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         model = self.unwrapped()
         expected = self._kept(model.state_dict()).keys()
-        if not self._save_frozen and state.keys() != expected:
+        if not self._weights.with_frozen and state.keys() != expected:
             other = min(state.keys() ^ expected)
             raise ValueError(f"{other} is trained in one of the two only")
-        model.load_state_dict(state, strict=self._save_frozen)
+        model.load_state_dict(state, strict=self._weights.with_frozen)
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take the moments of the same groups; decay, rates' scales, betas and the like stay this run's own."""
@@ -306,6 +328,11 @@ class TorchBackend:
 
     def _both_groups(self, state: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return self.optimizer.param_groups, state["param_groups"]
+
+
+def trained_names(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that are not frozen."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _load_matching(load: Callable[[Any], Any], state: Any, folder: Path) -> None:

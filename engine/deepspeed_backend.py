@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine import distributed
-from engine.backend import EMA_FILE, STATE_FILE, WEIGHTS_FILE, StepInfo
+from engine.backend import EMA_FILE, STATE_FILE, StepInfo, WeightsFormat, trained_names
 from engine.ema import ModelEMA
 from engine.errors import EngineError
 from engine.log import say
@@ -54,6 +54,7 @@ class DeepSpeedBackend:
         dtype: torch.dtype | None = None,
         timeout_s: float = 1800.0,
         ema: ModelEMA | None = None,
+        weights: WeightsFormat | None = None,
     ) -> None:
         """Hand a float32 model to DeepSpeed; the process group must exist (``distributed.init(group_of_one=True)``).
 
@@ -65,11 +66,14 @@ class DeepSpeedBackend:
             dtype: of the weights, None for float32; the same that ``resolve_config`` was given.
             timeout_s: as in ``distributed.init``, for the process groups that DeepSpeed adds.
             ema: built from the model while it is whole.
+            weights: how checkpoints hold them beside DeepSpeed's own files; None: as ``model.pth``.
 
         Raises:
             EngineError: DeepSpeed is not installed, or refuses the settings.
         """
         self._deepspeed = _import_deepspeed(device)
+        self._weights = weights or WeightsFormat()
+        self._kept = None if self._weights.with_frozen else trained_names(model)
         self.device = device
         self.accumulation_steps: int = config["gradient_accumulation_steps"]
         self.optimizer = optimizer
@@ -202,8 +206,10 @@ class DeepSpeedBackend:
         return self._engine.module
 
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every entry of the state dict; in stage 3 each is whole only until the next one is asked for."""
+        """Every entry to be kept; in stage 3 each is whole only until the next one is asked for."""
         for name, value in self.unwrapped().state_dict(keep_vars=True).items():
+            if self._kept is not None and name not in self._kept:
+                continue
             with self._gathered(value):
                 yield name, value.detach()
 
@@ -224,7 +230,7 @@ class DeepSpeedBackend:
     # ---- checkpoints ----
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Write DeepSpeed's own files flat into ``folder``, and beside them ``model.pth`` and ``model_ema.pth``.
+        """Write DeepSpeed's own files flat into ``folder``, and beside them the weights and ``model_ema.pth``.
 
         After the folder has its final name, its parent, ``latest`` and that name are DeepSpeed's layout.
 
@@ -232,13 +238,15 @@ class DeepSpeedBackend:
             OSError, RuntimeError: a file of this process could not be written; the others have gone on.
         """
         self._files.failure = None
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self._kept is not None
+        )
         whole = {}
         for name, value in self._whole_weights():
             if distributed.is_main():
                 whole[name] = value.to("cpu", copy=True)
         if distributed.is_main():
-            self._files.save({"model": whole}, folder / WEIGHTS_FILE)
+            self._files.attempt(lambda: self._weights.write(whole, folder))
             if self.ema is not None:
                 self._files.save({"model": self.ema.state_dict()}, folder / EMA_FILE)
             state = {
@@ -271,7 +279,7 @@ class DeepSpeedBackend:
             {key: group[key] for key in group if key not in ("params", "lr")} for group in self.optimizer.param_groups
         ]
         try:
-            self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=self._kept is None)
         except (RuntimeError, ValueError, KeyError, AssertionError) as complaint:
             raise EngineError(
                 f"{folder} does not fit this run ({_first_complaint(complaint)}): give the same flags, "
@@ -379,9 +387,13 @@ class _CheckpointFiles:
         self.name = "plainvl"
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        if self.failure is None:  # the checkpoint is lost already
+        self.attempt(lambda: torch.save(state_dict, path))
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Write something, unless the checkpoint is lost already."""
+        if self.failure is None:
             try:
-                torch.save(state_dict, path)
+                write()
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 self.failure = error
 

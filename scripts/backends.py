@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine import distributed
-from engine.backend import Backend, TorchBackend
+from engine.backend import Backend, TorchBackend, WeightsFormat
 from engine.deepspeed_config import resolve_config
 from engine.ema import ModelEMA
 from engine.log import say
@@ -23,10 +23,11 @@ def build_backend(
     deepspeed_file: dict[str, Any] | None,
     *,
     clip_parts: Mapping[str, float | None] = MappingProxyType({}),
+    weights: WeightsFormat | None = None,
 ) -> tuple[Backend, dict[str, Any]]:
     """What takes the steps: plain torch, or DeepSpeed when it is asked for; and the settings of DeepSpeed.
 
-    ``clip_parts`` as in ``TorchBackend``; DeepSpeed clips everything together.
+    ``clip_parts`` and ``weights`` as in ``TorchBackend``; DeepSpeed clips everything together.
     """
     ema = None
     if args.model_ema:
@@ -42,6 +43,7 @@ def build_backend(
             clip_parts=clip_parts,
             ema=ema,
             initial_loss_scale=2.0**args.initial_scale_power,
+            weights=weights,
         )
         return backend, {}
     if set(clip_parts.values()) - {args.clip_grad}:
@@ -61,6 +63,13 @@ def build_backend(
     for notice in notices:
         say(f"note: {notice}")
     backend = DeepSpeedBackend(
-        model, optimizer, device=device, config=config, dtype=dtype, timeout_s=args.dist_timeout, ema=ema
+        model,
+        optimizer,
+        device=device,
+        config=config,
+        dtype=dtype,
+        timeout_s=args.dist_timeout,
+        ema=ema,
+        weights=weights,
     )
     return backend, {"deepspeed": config}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from engine import distributed
-from engine.backend import TorchBackend, resolve_precision
+from engine.backend import TorchBackend, WeightsFormat, resolve_precision
 from engine.ema import ModelEMA
 from engine.errors import EngineError
 from engine.optim import build_adamw, parameter_groups
@@ -320,7 +320,9 @@ def half_frozen(save_frozen=False):
     torch.manual_seed(0)
     model = nn.ModuleDict({"frozen": nn.Linear(3, 3).requires_grad_(False), "trained": nn.Linear(3, 2)})
     groups = [{"name": "all", "params": list(model["trained"].parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
-    backend = TorchBackend(model, torch.optim.AdamW(groups, lr=0.1), device=CPU, save_frozen=save_frozen)
+    backend = TorchBackend(
+        model, torch.optim.AdamW(groups, lr=0.1), device=CPU, weights=WeightsFormat(with_frozen=save_frozen)
+    )
     backend.backward(model["trained"](model["frozen"](torch.ones(1, 3))).sum())
     backend.step(0.1)
     return model, backend
