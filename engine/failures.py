@@ -40,9 +40,11 @@ def explain(error: BaseException) -> str | None:
             f"no room in shared memory, through which loader processes pass batches ({first}): give --num_workers 0, "
             f"or more of it (docker: --shm-size 16g or --ipc host); {_GO_ON}"
         )
-    if worker:
-        how = f"was killed by signal {worker[2]}" if worker[2] else "ended unexpectedly"
-        return f"a loader process (pid {worker[1]}) {how}, most often for lack of memory: lower --num_workers; {_GO_ON}"
+    # a batch that was on its way through the socket of a process which ended just then
+    if worker or isinstance(error, ConnectionResetError):
+        which = f" (pid {worker[1]})" if worker else ""
+        how = f"was killed by signal {worker[2]}" if worker and worker[2] else "ended unexpectedly"
+        return f"a loader process{which} {how}, most often for lack of memory: lower --num_workers; {_GO_ON}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
     ):

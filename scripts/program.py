@@ -55,7 +55,7 @@ def hide_interrupts() -> None:
 
 def _call(main: Callable[[], None]) -> _Outcome:
     try:
-        main()
+        _leave_children_alone(main)
     except INPUT_ERRORS as error:
         return _Outcome(2, f"error: {error}", getattr(error, "agreed", False))
     except RunError as error:
@@ -70,6 +70,19 @@ def _call(main: Callable[[], None]) -> _Outcome:
     except Exception as error:
         return _Outcome(1, _describe(error))
     return _Outcome(0)
+
+
+def _leave_children_alone(main: Callable[[], None]) -> None:
+    """Call ``main``; once it fails, torch's watch over loader processes is over.
+
+    It raises from a signal handler, so also while the loaders are taken down, where Python prints it as a traceback.
+    """
+    try:
+        main()
+    except BaseException:
+        if "torch" in sys.modules:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise
 
 
 def _describe(error: Exception) -> str:

@@ -29,7 +29,7 @@ class Job:
     signals: tuple[tuple[float, int, int], ...] = ()  # (seconds after the start, rank, number) to send
     environment: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 240.0
-    grace_s: float = 60.0  # a process that lost the others ends by itself; what is left after this long counts as hung
+    grace_s: float = 150.0  # a process that lost the others ends by itself; what is left after this long counts as hung
 
 
 class Ended(NamedTuple):
