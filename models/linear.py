@@ -22,9 +22,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if _use_onednn(x, self.weight):
-            return _onednn_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product of ``Linear``, (..., in) with (out, in) -> (..., out)."""
+    if _use_onednn(x, weight):
+        return _onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -33,7 +38,7 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= _MIN_PRODUCTS_FOR_ONEDNN
-        and weight.is_contiguous()
+        and (weight.is_contiguous() or weight.t().is_contiguous())
         and not torch.is_autocast_enabled("cpu")
     )
 

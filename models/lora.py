@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from models.config_values import ConfigTable, is_fraction, is_positive_int, is_positive_number
 from models.errors import ModelError
 from models.linear import Linear
+from models.quantized import QuantizedLinear, QuantizedWeight
 
 PEFT_PREFIX = "base_model.model."
 _PARTS = (".lora_A.weight", ".lora_B.weight")
@@ -100,8 +101,8 @@ class LoRAConfig:
 class LoRALinear(Linear):
     """A frozen linear layer with a low-rank change: y = W x + b + scale B A dropout(x)."""
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
-        """Take over the weight of ``base``; the change starts as nothing."""
+    def __init__(self, base: nn.Linear | QuantizedLinear, config: LoRAConfig) -> None:
+        """Take over the weight of ``base``, dense or quantized; the change starts as nothing."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -116,7 +117,8 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         change = self.lora_B(self.lora_A(F.dropout(x, self._dropout, self.training).to(self.lora_A.weight.dtype)))
-        return super().forward(x) + (self._scale * change).to(x.dtype)
+        frozen = self.weight(x, self.bias) if isinstance(self.weight, QuantizedWeight) else super().forward(x)
+        return frozen + (self._scale * change).to(x.dtype)
 
     @torch.no_grad()
     def change(self) -> Tensor:
@@ -125,9 +127,14 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def merged(self) -> Linear:
-        """A plain layer with the adapter in its weight, added in float32 and rounded once."""
+        """A plain layer with the adapter in its weight, added in float32 and rounded once.
+
+        Of a quantized weight it keeps the error; better merge into the dense weights that were quantized.
+        """
+        is_quantized = isinstance(self.weight, QuantizedWeight)
+        weight = self.weight.dequantized(torch.float32) if is_quantized else self.weight.float()
         layer = Linear(self.in_features, self.out_features, bias=self.bias is not None, device=self.weight.device)
-        layer.weight = nn.Parameter((self.weight.float() + self.change()).to(self.weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter((weight + self.change()).to(self.weight.dtype), requires_grad=False)
         layer.bias = self.bias
         return layer
 
@@ -140,7 +147,8 @@ def add_adapters(module: nn.Module, config: LoRAConfig) -> list[str]:
     """
     found = [
         name for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and not isinstance(part, LoRALinear) and _last(name) in config.target_modules
+        if isinstance(part, nn.Linear | QuantizedLinear) and not isinstance(part, LoRALinear)
+        and _last(name) in config.target_modules
     ]  # fmt: skip
     missing = sorted(set(config.target_modules) - {_last(name) for name in found})
     if missing:

@@ -62,10 +62,11 @@ class LlavaForCausalLM(nn.Module):
         """The image tower."""
         return self.model.vision_tower.vision_tower.vision_model
 
-    @torch.no_grad()
     def tower_features(self, pixels: Tensor) -> Tensor:
-        """(I, 3, S, S), normalised -> (I, P, C) features, without gradients."""
-        features = self.tower(pixels)
+        """(I, 3, S, S), normalised -> (I, P, C) features; without gradients unless the tower is trained."""
+        trained = any(parameter.requires_grad for parameter in self.tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.tower(pixels)
         return features if self.config.mm_vision_select_feature == "cls_patch" else features[:, 1:]
 
     def image_vectors(self, features: Tensor) -> Tensor:
