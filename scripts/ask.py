@@ -3,6 +3,7 @@
 python scripts/ask.py --checkpoint output/vqav2/checkpoint-best --image photo.jpg --question "what is on the table?"
 python scripts/ask.py --checkpoint output/coco_captioning/checkpoint-best --image photo.jpg
 python scripts/ask.py --checkpoint hfl/vle-base-for-vqa --image photo.jpg --question "what is on the table?"
+python scripts/ask.py --checkpoint liuhaotian/llava-v1.5-7b --image photo.jpg --question "what is on the table?"
 """
 
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from scripts import ask_llava
 from scripts.arguments import HelpFormatter, OneLineParser, positive_int
 from scripts.beit3_args import EVAL_TOKENS, RECIPES
 
@@ -31,17 +33,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="checkpoint folder of a run, folder of a VLE model, or a .pth of BEiT-3 with the flags below",
+        help="checkpoint folder of a run, folder of a VLE or LLaVA model, or a .pth of BEiT-3 with the flags below",
     )
     parser.add_argument("--image", required=True, help="picture file")
     parser.add_argument("--question", nargs="+", help="one or more questions, each in quotes; none: a caption")
-    parser.add_argument("--top", type=positive_int, default=5, help="answers to print")
-    parser.add_argument("--num_beams", type=positive_int, default=3, help="beams of the search for a caption")
+    parser.add_argument("--top", type=positive_int, default=5, help="answers to print, of models with an answer list")
+    parser.add_argument(
+        "--num_beams", type=positive_int, help="beams of the search (default: 3 for a caption, 1 for LLaVA)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each question or caption")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    ask_llava.add_flags(parser)
     group = parser.add_argument_group("needed for a bare weights file; a checkpoint folder of a run knows them")
     group.add_argument("--model", help="such as beit3_base_patch16_480")
-    group.add_argument("--sentencepiece_model", help="beit3.spm")
+    group.add_argument("--sentencepiece_model", help="beit3.spm; of VLE and LLaVA in place of the folder's")
     group.add_argument("--answer_list", help="answer2label.txt of the weights, for questions")
     group.add_argument("--model_key", default="model|module", help="keys of which the first present holds the weights")
     return parser
@@ -63,6 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.checkpoint).exists():
         raise DataError(f"--checkpoint {args.checkpoint}: no such file or folder")
     picture = read_picture(args.image)
+    if ask_llava.is_llava_folder(args.checkpoint):
+        ask_llava.ask_llava(args, picture)
+        return
+    ask_llava.refuse_flags(args)
     if is_vle_folder(args.checkpoint):
         _ask_vle(args, picture)
         return
@@ -169,7 +178,7 @@ def _caption(
     from models.beit3.decoding import DecodingSettings, generate
     from scripts.beit3_captioning import special_tokens
 
-    settings = DecodingSettings(num_beams=args.num_beams, max_tokens=max_tokens)
+    settings = DecodingSettings(num_beams=args.num_beams or 3, max_tokens=max_tokens)
     with torch.inference_mode():
         found = generate(model, image, special_tokens(tokenizer), settings)
     caption, score = tokenizer.decode(found.ids[0].tolist()), float(found.scores[0])

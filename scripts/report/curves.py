@@ -61,19 +61,20 @@ def _read_lines(path: Path, key: str) -> list[dict]:
 def draw_curves(
     log: RunLog,
     *,
-    score_key: str = "val_score",
+    score_key: str | None = "val_score",
     score_name: str = "VQA accuracy on val",
     axis: str = "accuracy (%)",
     panel_title: str = "Accuracy",
     levels: dict[str, float | None] | None = None,
     title: str = "",
 ) -> bytes:
-    """Two panels side by side, loss and a score over epochs, as PNG bytes.
+    """Two panels side by side, loss and a score over epochs, or the loss alone, as PNG bytes.
 
     Args:
         log: what ``read_run_log`` gave.
         score_key: the key of ``log.txt`` in the right panel. ``val_score`` is a fraction, or per cent if any of its
             values is above 1 (BEiT-3's original log has per cent); others are fractions, which may be above 1 (CIDEr).
+            None: no right panel.
         score_name: how the legend calls it.
         axis: label of the right axis.
         panel_title: of the right panel.
@@ -87,13 +88,16 @@ def draw_curves(
 
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GRAY}
     with pyplot.rc_context({**style, "axes.grid": True, "grid.color": "#e5e7eb", "legend.frameon": False}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), dpi=120, layout="constrained")
+        figure, panels = pyplot.subplots(
+            1, 1 if score_key is None else 2, figsize=(10, 3.8), dpi=120, layout="constrained", squeeze=False
+        )
         try:
-            _draw_loss(left, log)
-            _draw_score(right, log, score_key, score_name, levels or {})
-            right.set_ylabel(axis)
-            right.set_title(panel_title, loc="left", fontsize=10, color=GRAY)
-            for panel in (left, right):
+            _draw_loss(panels[0, 0], log)
+            for right in panels[0, 1:]:
+                _draw_score(right, log, score_key, score_name, levels or {})
+                right.set_ylabel(axis)
+                right.set_title(panel_title, loc="left", fontsize=10, color=GRAY)
+            for panel in panels[0]:
                 panel.set_xlabel("epoch")
                 panel.set_xlim(0, max([1, *(row["epoch"] + 1 for row in log.epochs)]) * 1.02)
                 panel.xaxis.get_major_locator().set_params(integer=True)

@@ -72,6 +72,17 @@ li small { font-size: inherit; font-variant-numeric: tabular-nums; white-space: 
 .said::before { content: "people say "; color: var(--soft); }
 .truth span, .tags { color: var(--soft); }
 .tags { margin: 2px 0 0; font-size: 12px; }
+article.scored { border-top-width: 3px; }
+.scored.right { border-top-color: var(--good); } .scored.partly { border-top-color: var(--part); }
+.scored.wrong { border-top-color: var(--bad); }
+.answer { margin: 0 0 6px; font-weight: 650; overflow-wrap: anywhere; }
+.answer span { font-weight: 400; color: var(--soft); }
+.answer.other { font-weight: 400; font-size: 13px; }
+.answer ~ .truth { padding-top: 4px; }
+.texts th, .texts td { text-align: left; white-space: normal; vertical-align: top; font-weight: 400;
+  max-width: 46ch; overflow-wrap: anywhere; }
+.texts th { overflow-wrap: normal; }
+.texts th:first-child { white-space: nowrap; color: var(--soft); }
 @media (max-width: 560px) {
   header, main { padding-left: 16px; padding-right: 16px; }
   header { padding-top: 28px; }

@@ -1,0 +1,343 @@
+"""Report of answers to VizWiz: accuracy by answer type beside "unanswerable" for all, and a page of the answers.
+
+python scripts/make_vizwiz_report.py --answers eval/answers.jsonl --annotations data/heldout_annotations.json \\
+    --image_folder data/train --output report
+python scripts/make_vizwiz_report.py --answers eval/answers.jsonl --image_folder data/valid --output report
+
+Writes report.html, summary.json and, with --run, curves.png.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import DataError
+from data.files import check_relative, open_atomic, parse_json, resolve_inside, write_json_atomic
+from scripts.arguments import OneLineParser, count, positive_int
+from scripts.program import run
+
+NUM_TEXTS = 5  # answers in each group of the page's second table
+_SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA's prompt for short answers
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--answers", type=Path, required=True, help="answers of the evaluation, one JSON object a line")
+    p.add_argument(
+        "--annotations", type=Path, help="rows with what people said (default: none, so questions have no score)"
+    )
+    p.add_argument("--image_folder", type=Path, required=True, help="folder of the images")
+    p.add_argument("--output", type=Path, required=True, help="folder for the report")
+    p.add_argument("--compare", type=Path, help="answers of another model to the same questions, for a second column")
+    p.add_argument("--compare_name", help="how to call that model (default: the file's name without ending)")
+    p.add_argument("--run", type=Path, help="output folder of the training run, for its loss curve")
+    p.add_argument("--title", default="Answers", help="heading of the page")
+    p.add_argument("--max_cards", type=positive_int, default=200, help="questions on the page (%(default)s)")
+    p.add_argument("--worst", action="store_true", help="show those with the lowest scores instead of a random draw")
+    p.add_argument("--seed", type=count, default=0, help="of the draw (%(default)s)")
+    return p
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and to which prompt (empty if the file does not tell)."""
+
+    text: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question; ``answers`` of people are raw, none where they are not known, and then there is no type."""
+
+    name: str
+    image: Path
+    question: str
+    answers: tuple[str, ...] = ()
+    answer_type: str = ""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read, score, print the table, write the page."""
+    args = build_parser().parse_args(argv)
+    if args.output.exists() and not args.output.is_dir():
+        raise DataError(f"--output {args.output}: a file, not a folder; give another --output")
+    if args.compare_name and not args.compare:
+        raise DataError("--compare_name names the answers of --compare: give both or none")
+    answers = read_answers(args.answers)
+    if args.annotations:
+        items = annotated_items(args.annotations, args.image_folder)
+    else:
+        items = items_of_answers(args.answers, answers, args.image_folder)
+    source = args.annotations or args.answers
+    check_cover(args.answers, answers, items, source)
+    is_scored = any(item.answers for item in items)
+    if args.worst and not is_scored:
+        raise DataError("--worst needs scores: give --annotations with what people said")
+    columns = {"Model": {name: answer.text for name, answer in answers.items()}}
+    other = ""
+    if args.compare:
+        other = args.compare_name or args.compare.stem
+        others = read_answers(args.compare)
+        check_cover(args.compare, others, items, source)
+        if other in columns:
+            raise DataError(f"--compare_name {other} is the first column's: give another")
+        columns[other] = {name: answer.text for name, answer in others.items()}
+    check_images(items, args.image_folder)
+    curves = _loss_curve(args.run) if args.run else None
+
+    from data.vizwiz import UNANSWERABLE
+    from scripts.make_report import format_table
+    from scripts.report.vizwiz_page import render_page
+
+    if is_scored:
+        columns[f"“{UNANSWERABLE}” for all"] = {item.name: UNANSWERABLE for item in items}
+    table, scores = score_table(columns, items, is_scored=is_scored)
+    print(format_table(list(columns), table))
+    texts = text_rows(columns["Model"], items)
+    page = render_page(
+        page_rows(items, columns["Model"], columns.get(other), other, scores),
+        title=args.title,
+        subtitle=f"{len(items):,} questions, answers from {args.answers.name}",
+        columns=list(columns),
+        table=table,
+        texts=texts,
+        other_name=other,
+        curves_png=curves,
+        max_cards=args.max_cards,
+        seed=args.seed,
+        only_worst=args.worst,
+    )
+    with open_atomic(args.output / "report.html") as handle:
+        handle.write(page)
+    if curves:
+        (args.output / "curves.png").write_bytes(curves)
+    summary = {"columns": list(columns), "rows": table, "answers": [row._asdict() for row in texts]}
+    write_json_atomic(args.output / "summary.json", summary, indent=1)
+    print(f"wrote report.html, {'curves.png, ' if curves else ''}summary.json to {args.output}")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """Answers by question id, the last one of each; says how many broken lines were left out.
+
+    Raises:
+        DataError: no such file, a line without ``question_id`` or ``text``, or no answer at all.
+    """
+    from data.vizwiz import read_results
+
+    texts, num_broken = read_results(path)
+    if not texts:
+        raise DataError(f"{path} has no answers: run the evaluation first")
+    if num_broken:
+        print(f"left out {num_broken} broken lines of {path}")
+    prompts: dict[str, str] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            values = parse_json(line, f"{path}:{number}")
+        except DataError:
+            continue  # counted above
+        prompts[values["question_id"]] = str(values.get("prompt", ""))
+    return {name: Answer(text, prompts[name]) for name, text in texts.items()}
+
+
+def annotated_items(path: Path, folder: Path) -> list[Item]:
+    """The rows of an annotation file, their types told by the most frequent answer where the file does not.
+
+    Raises:
+        DataError: a row of another form, or a path that leaves the folder.
+    """
+    from data.vizwiz import read_rows
+
+    items = []
+    for row in read_rows(path):
+        texts = tuple(answer.text for answer in row.answers)
+        kind = (row.answer_type or type_of_answers(texts)) if texts else ""
+        items.append(Item(row.id, resolve_inside(folder, row.image), row.question, texts, kind))
+    return items
+
+
+def type_of_answers(answers: Iterable[str]) -> str:
+    """VizWiz's types, told by the most frequent answer: ``unanswerable``, ``yes/no``, ``number`` or ``other``."""
+    from data.metrics.vizwiz import process_text
+    from data.vizwiz import UNANSWERABLE
+
+    mode = Counter(map(process_text, answers)).most_common(1)[0][0]
+    if mode == UNANSWERABLE:
+        return mode
+    if mode in ("yes", "no"):
+        return "yes/no"
+    return "number" if mode.isdigit() else "other"
+
+
+def items_of_answers(path: Path, answers: dict[str, Answer], folder: Path) -> list[Item]:
+    """What an answers file alone tells: the prompts, and images by the question ids.
+
+    Raises:
+        DataError: a question id that leads out of the folder.
+    """
+    from data.vizwiz import SUFFIX
+
+    items = []
+    for name, answer in answers.items():
+        check_relative(name, f"{path}: question_id")
+        question = answer.prompt.removeprefix("<image>\n").removesuffix(SUFFIX).removesuffix(_SHORT)
+        items.append(Item(name, _image_of(name, folder), question or "(the file has no prompt)"))
+    return items
+
+
+def _image_of(name: str, folder: Path) -> Path:
+    """The image of that name with any ending; where there is none, the one that is usual."""
+    from data.images import IMAGE_SUFFIXES
+
+    endings = (".jpg", *IMAGE_SUFFIXES, *(("",) if name.lower().endswith(IMAGE_SUFFIXES) else ()))
+    found = (path for ending in endings if (path := folder / (name + ending)).is_file())
+    return next(found, folder / f"{name}.jpg")
+
+
+def check_cover(path: Path, answers: dict[str, Answer], items: list[Item], source: Path) -> None:
+    """Raise DataError unless the answers are to exactly these questions."""
+    names = {item.name for item in items}
+    missing, foreign = names - answers.keys(), answers.keys() - names
+    if missing:
+        raise DataError(
+            f"{path} leaves {len(missing)} of {len(names)} questions of {source} without an answer, the first: "
+            f"{min(missing)}; run the evaluation to its end"
+        )
+    if foreign:
+        raise DataError(
+            f"{path} answers {len(foreign)} questions that {source} does not have, the first: {min(foreign)}; give "
+            "files of the same split"
+        )
+
+
+def check_images(items: list[Item], folder: Path) -> None:
+    """Raise DataError for images that are not there."""
+    missing = [item.image for item in items if not item.image.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(items)} images are missing, the first: {missing[0]}; check --image_folder {folder}"
+        )
+
+
+def _loss_curve(folder: Path) -> bytes | None:
+    from scripts.report.curves import draw_curves, read_run_log
+
+    if not folder.is_dir():
+        raise DataError(f"--run {folder}: no such folder; give the --output_dir of the training run")
+    if not (folder / "log.txt").is_file():
+        print(f"no log.txt in {folder}: the page has no curve")
+        return None
+    log = read_run_log(folder)
+    return draw_curves(log, score_key="val_score" if log.series("val_score")[0] else None)
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def score_table(
+    columns: dict[str, dict[str, str]], items: list[Item], *, is_scored: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """Course accuracy of each column overall and by answer type, and the share that says "unanswerable".
+
+    Returns:
+        (lines ``{"name", "group", "count", "scores"}``, for each column the score by question; empty without scores).
+    """
+    from data.metrics.vizwiz import vizwiz_accuracy
+
+    answers = {item.name: item.answers for item in items}
+    types = {item.name: item.answer_type for item in items}
+    table, per_column = [], []
+    if is_scored:
+        results = [vizwiz_accuracy(predictions, answers, types) for predictions in columns.values()]
+        per_column = [result.per_image for result in results]
+        names = {
+            name: [item.name for item in items if item.answer_type == name] for name in sorted(set(types.values()))
+        }
+        for group, name, members in (
+            ("overall", "all", list(answers)),
+            *(("answer type", name, members) for name, members in names.items()),
+        ):
+            scores = [sum(column[member] for member in members) / len(members) for column in per_column]
+            table.append({"name": name, "group": group, "count": len(members), "scores": scores})
+    shares = [sum(map(is_unanswerable, column.values())) / len(items) for column in columns.values()]
+    table.append({"name": "says unanswerable", "group": "share", "count": len(items), "scores": shares})
+    return table, per_column
+
+
+def is_unanswerable(text: str) -> bool:
+    """Whether an answer says that there is none."""
+    from data.metrics.vizwiz import process_text
+    from data.vizwiz import UNANSWERABLE
+
+    return process_text(text) == UNANSWERABLE
+
+
+def text_rows(predictions: dict[str, str], items: list[Item]) -> list[Any]:
+    """The most frequent answers, the longest and the shortest, as the page's second table has them."""
+    from scripts.report.vizwiz_page import TextRow
+
+    counts = Counter(predictions.values())
+    example = {predictions[item.name]: item.question for item in reversed(items)}  # the first one stays
+    longest = sorted(counts, key=lambda text: (-len(text), text))
+    groups = {
+        "most frequent": [text for text, _ in counts.most_common(NUM_TEXTS)],
+        "longest": longest[:NUM_TEXTS],
+        "shortest": longest[::-1][:NUM_TEXTS],
+    }
+    return [TextRow(group, text, counts[text], example[text]) for group, texts in groups.items() for text in texts]
+
+
+def page_rows(
+    items: list[Item],
+    predictions: dict[str, str],
+    others: dict[str, str] | None,
+    other_name: str,
+    scores: list[dict[str, float]],
+) -> list[dict[str, Any]]:
+    """What the page shows of each question, in order."""
+    from data.metrics.vizwiz import process_text
+    from scripts.report.vizwiz_page import Said
+
+    rows = []
+    for item in items:
+        text = predictions[item.name]
+        row: dict[str, Any] = {
+            "image": str(item.image),
+            "name": item.name,
+            "question": item.question,
+            "prediction": text,
+            "is_unanswerable": is_unanswerable(text),
+        }
+        if others is not None:
+            row["other"] = others[item.name]
+            is_same = process_text(others[item.name]) == process_text(text)
+            row["comparison"] = f"{'same answer as' if is_same else 'other answer than'} {other_name}"
+        if scores:
+            spelling: dict[str, str] = {}
+            for answer in item.answers:
+                spelling.setdefault(process_text(answer), answer)
+            said = Counter(map(process_text, item.answers)).most_common()
+            row["people"] = [Said(spelling[key], number, key == process_text(text)) for key, number in said]
+            row["answer_type"], row["score"] = item.answer_type, scores[0][item.name]
+        if scores and others is not None:
+            row["other_score"] = scores[1][item.name]
+            difference = row["score"] - row["other_score"]
+            word = "better than" if difference > 0 else "worse than" if difference < 0 else "level with"
+            row["comparison"] = f"{word} {other_name}"
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)
