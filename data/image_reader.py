@@ -66,7 +66,7 @@ def _load_below(root: Path, relative: str) -> np.ndarray:
     return load_image(resolve_inside(root, relative))
 
 
-def check_images_exist(relative: Iterable[str], root: Path) -> None:
+def check_images_exist(relative: Iterable[str], root: Path, *, flag: str = "--data_path") -> None:
     """Refuse a data set with missing images before any work starts.
 
     Each folder is listed once: asking for every file alone takes minutes on a network share.
@@ -74,6 +74,7 @@ def check_images_exist(relative: Iterable[str], root: Path) -> None:
     Args:
         relative: image paths of the records.
         root: folder that they are relative to.
+        flag: by which the user gives it.
 
     Raises:
         DataError: with the number of missing images and the first few.
@@ -90,5 +91,5 @@ def check_images_exist(relative: Iterable[str], root: Path) -> None:
         total = sum(map(len, by_folder.values()))
         raise DataError(
             f"{len(missing)} of {total} images are not in {root}, the first: {', '.join(sorted(missing)[:NUM_SHOWN])}; "
-            "check --data_path, or give --skip_broken_images to put a grey image in their place"
+            f"check {flag}, or give --skip_broken_images to put a grey image in their place"
         )

@@ -7,6 +7,7 @@ its base. Weights are streamed into a model without memory, so that little more 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def read_llava_folder(
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     projector: str | Path | None = None,
-    projector_type: str = "mlp2x_gelu",
+    new_projector: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
@@ -91,7 +92,8 @@ def read_llava_folder(
         base: of an adapter; None takes the one that it names, as given or beside the adapter.
         vision_tower: folder of CLIP; None takes the one that the config names, as given or beside the model.
         projector: weights (``mm_projector.bin``) that replace those of the folder.
-        projector_type: of a plain language model, which has none; ``projector`` must be of this type.
+        new_projector: keys of LLaVA's config for a plain language model, which has none, such as
+            ``mm_projector_type``; ``projector`` must be of this type.
         tokenizer: folder or sentencepiece file in place of the folder's.
         dtype: of the weights, not of adapters, which stay float32; None: that of the files.
         device: of the model.
@@ -111,7 +113,7 @@ def read_llava_folder(
         source = _base_of(path, adapter, base)
     elif base is not None:
         raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
-    plan = _plan(source, overriding, path, vision_tower, projector_type)
+    plan = _plan(source, overriding, path, vision_tower, new_projector)
     tokens, tokenizer_folder = _tokenizer(tokenizer, (source, path), plan.config.text.vocab_size)
     with torch.device("meta"):
         model = LlavaForCausalLM(plan.config, plan.vision).eval()
@@ -140,7 +142,11 @@ def read_llava_folder(
 
 
 def _plan(
-    source: Path, overriding: dict[str, Any] | None, near: Path, tower: str | Path | None, projector_type: str
+    source: Path,
+    overriding: dict[str, Any] | None,
+    near: Path,
+    tower: str | Path | None,
+    new_projector: Mapping[str, Any],
 ) -> _Plan:
     """Decide by content what the folder is, and where its tower comes from."""
     where = source / CONFIG_FILE
@@ -173,10 +179,11 @@ def _plan(
         values = values | {
             "mm_vision_tower": str(named),
             "mm_hidden_size": vision.hidden_size,
-            "mm_projector_type": projector_type,
+            "mm_projector_type": "mlp2x_gelu",
             "mm_vision_select_layer": -2,
             "mm_vision_select_feature": "patch",
             "image_aspect_ratio": "pad",
+            **new_projector,
         }
     config = LlavaConfig.from_dict(values, str(where))
     images = _images(vision, *((folder,) if folder else ()), source)

@@ -1,13 +1,38 @@
-"""LLaVA's parameter groups: the projector may have a rate of its own; biases and norms do not decay."""
+"""LLaVA's parameter groups and schedules: the projector may have a rate of its own; biases and norms do not decay."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from engine.errors import EngineError
+from engine.schedule import Schedule, warmup_decay
 
 PROJECTOR = "mm_projector"
+
+
+def llava_schedule(kind: str, lr: float, *, warmup_ratio: float, total_steps: int) -> Schedule:
+    """The rate over the steps, as transformers' trainer has it: the first step of a warm-up has rate 0.
+
+    Args:
+        kind: ``cosine``, ``linear`` (both fall to 0), ``constant_with_warmup`` or ``constant``.
+        lr: peak rate.
+        warmup_ratio: share of the steps in which the rate rises, rounded up.
+        total_steps: of the whole run.
+
+    Raises:
+        EngineError: an unknown kind.
+    """
+    if kind == "constant":
+        return lambda step: lr
+    warmup_steps = math.ceil(total_steps * warmup_ratio)
+    if kind == "constant_with_warmup":
+        return lambda step: lr * min(1.0, step / max(1, warmup_steps)) if warmup_steps else lr
+    if kind not in ("cosine", "linear"):
+        raise EngineError(f"--lr_scheduler_type {kind!r}: give cosine, linear, constant or constant_with_warmup")
+    power = None if kind == "cosine" else 1.0
+    return warmup_decay(lr, 0.0, warmup_steps=warmup_steps, total_steps=total_steps, power=power)
 
 
 def llava_parameter_groups(

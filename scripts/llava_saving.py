@@ -7,12 +7,13 @@ has the sizes of the tower (``mm_vision_config``), so that they also load where 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from data.clip_images import CONFIG_FILE as IMAGE_FILE
 from data.errors import DataError
 from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
 from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
+from engine.backend import WeightsFormat, trained_names
 from engine.errors import RunError
+from engine.weights import read_state_dict
 from models.errors import ModelError
 from models.lora import PEFT_PREFIX, adapter_state
 from scripts.llava_folder import (
@@ -35,6 +38,11 @@ from scripts.llava_folder import (
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
 MAX_SHARD_BYTES = 5 * 10**9
+PROJECTOR_FILE = "mm_projector.bin"
+_MODEL_FILES = (
+    *(CONFIG_FILE, "generation_config.json", IMAGE_FILE, MODEL_FILE, TOKENIZER_FILE, ADDED_FILE),
+    *("special_tokens_map.json", ADAPTER_CONFIG, REST_FILE, PROJECTOR_FILE),
+)
 # what a run or an older program left in a config and has no meaning in a saved model
 _LEFT_BEHIND = ("_name_or_path", "transformers_version", "quantization_config", "auto_map")
 
@@ -71,13 +79,7 @@ def save_full_model(
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write_json(temporary / CONFIG_FILE, _saved_values(folder, dtype))
-        _write_json(temporary / "generation_config.json", GENERATION)
-        settings = json.loads(folder.images.to_json())
-        settings.pop("processor_class", None)
-        _write_json(temporary / IMAGE_FILE, settings)
-        _copy_tokenizer(folder, temporary)
-        _write_shards(temporary, state, dtype, max_shard_bytes)
+        _write_model(temporary, folder, state, dtype, max_shard_bytes)
         _take_name(temporary, output)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
@@ -122,26 +124,110 @@ def save_adapter(
     """
     output = Path(output)
     state = folder.model.state_dict() if state is None else state
-    adapters = {name: _plain(value) for name, value in adapter_state(state).items()}
-    if folder.adapter is None or not adapters:
+    if folder.adapter is None or not adapter_state(state):
         raise ModelError("the model has no adapters to save: save the full model")
-    trained = {name for name, parameter in folder.model.named_parameters() if parameter.requires_grad}
+    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_adapter(output, replace(folder, adapter=config), state)
+    except Exception as error:
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+
+
+def checkpoint_format(folder: LlavaFolder, mode: str) -> WeightsFormat:
+    """How the checkpoints of a training run hold the weights, so that each is a folder to be used as it is.
+
+    Args:
+        folder: the model in training, on the CPU or a device, not yet divided over processes.
+        mode: ``lora``: an adapter's four files; ``projector``: ``mm_projector.bin``; ``full``: a whole model folder,
+            with every weight in the precision that it is trained in.
+    """
+    frozen = {  # of an adapter beside a projector that does not train, which belongs to it all the same
+        name: _plain(value)
+        for name, value in folder.model.named_parameters()
+        if mode == "lora" and PROJECTOR in name and not value.requires_grad
+    }
+    writers: dict[str, Callable[[Path, Mapping[str, Tensor]], None]] = {
+        "lora": lambda target, state: _write_adapter(target, folder, {**frozen, **state}),
+        "projector": lambda target, state: _write_projector(target, folder, state),
+        "full": lambda target, state: _write_model(target, folder, state, None, MAX_SHARD_BYTES),
+    }
+    readers = {
+        "lora": lambda source: {n: v for n, v in _read_adapter(source).items() if n not in frozen},
+        "projector": lambda source: read_state_dict(source / PROJECTOR_FILE),
+        "full": read_state_dict,
+    }
+
+    def write(state: Mapping[str, Tensor], target: Path) -> None:
+        try:
+            writers[mode](target, state)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(_first_line(error)) from None
+
+    return WeightsFormat(write, readers[mode], with_frozen=mode == "full")
+
+
+def publish(checkpoint: Path, output: Path) -> None:
+    """Put the files of a checkpoint that make a model, without those of its training, into another folder.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    names = [
+        path.name
+        for path in checkpoint.iterdir()
+        if path.name in _MODEL_FILES or path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
+    ]
+    for name in sorted(names, key=lambda name: (name == ADAPTER_CONFIG, name)):
+
+        def place(at: Path, source: Path = checkpoint / name) -> None:
+            try:
+                os.link(source, at)  # the same bytes, once on the disk
+            except OSError:
+                shutil.copyfile(source, at)
+
+        _write_whole(output / name, place)
+
+
+def _write_adapter(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor]) -> None:
+    adapters = {name: _plain(value) for name, value in adapter_state(state).items()}
+    trained = trained_names(folder.model)
     rest = {
         PEFT_PREFIX + name: _plain(value)
         for name, value in state.items()
         if ".lora_" not in name and (name in trained or PROJECTOR in name)
     }
-    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
-        if rest:
-            _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
-        _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
-        # the last: by this file a folder is an adapter
-        _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, config.as_dict()))
-    except Exception as error:
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+    _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
+    if rest:
+        _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
+    _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
+    # the last: by this file a folder is an adapter
+    _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, folder.adapter.as_dict()))
+
+
+def _read_adapter(source: Path) -> dict[str, Tensor]:
+    state = read_state_dict(source / ADAPTER_FILES[0])
+    if (source / REST_FILE).exists():
+        state |= read_state_dict(source / REST_FILE)
+    return {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}
+
+
+def _write_projector(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor]) -> None:
+    torch.save({name: _plain(value) for name, value in state.items()}, output / PROJECTOR_FILE)
+    _write_json(output / CONFIG_FILE, folder.values)
+
+
+def _write_model(
+    target: Path, folder: LlavaFolder, state: Mapping[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    """Everything of a model's folder; without ``dtype`` every weight in its own."""
+    _write_json(target / CONFIG_FILE, _saved_values(folder, dtype or folder.model.lm_head.weight.dtype))
+    _write_json(target / "generation_config.json", GENERATION)
+    settings = json.loads(folder.images.to_json())
+    settings.pop("processor_class", None)
+    _write_json(target / IMAGE_FILE, settings)
+    _copy_tokenizer(folder, target)
+    _write_shards(target, state, dtype, max_shard_bytes)
 
 
 def _saved_values(folder: LlavaFolder, dtype: torch.dtype) -> dict[str, Any]:
@@ -165,11 +251,11 @@ def _copy_tokenizer(folder: LlavaFolder, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> None:
+def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None, limit: int) -> None:
     shards: list[list[str]] = [[]]
     filled = total = 0
     for name, value in state.items():
-        size = value.numel() * dtype.itemsize
+        size = value.numel() * (dtype or value.dtype).itemsize
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
@@ -208,6 +294,7 @@ def _write_whole(path: Path, write: Any) -> None:
     temporary = path.with_name(f".writing-{path.name}")
     try:
         write(temporary)
+        temporary.chmod(0o644)  # safetensors leaves files that nobody else may read
         _sync(temporary)
         temporary.replace(path)
     finally:

@@ -1,0 +1,279 @@
+"""run_llava_lora.py: what is trained, what is written, stops, several processes, DeepSpeed."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.llava_conversation import TEMPLATES
+from engine.weights import read_state_dict
+from models.lora import PEFT_PREFIX
+from scripts.llava_args import parse_args
+from scripts.llava_folder import LlavaFolder, read_llava_folder
+from scripts.llava_model import build_for_training
+from tests.engines import assert_same_result, assert_sound
+from tests.helpers import run_in_processes
+from tests.nursery import Nursery
+from tests.scripts.llava_run import BASE, IMAGES, TOWER, program, rows, start, train_flags, trained_run
+from tests.scripts.vqa_run import differences, read_lines, tree
+
+PUBLISHED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "non_lora_trainables.bin")
+
+
+def _run(rank: int, argv: list[str]) -> None:
+    program(*argv)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery("run_llava_lora", "tests.fault_points", "deepspeed", environment={"DS_ACCELERATOR": "cpu"})
+    yield nursery
+    nursery.close()
+
+
+def adapter_of(folder: Path) -> dict[str, Tensor]:
+    """What training has moved, under the model's own names."""
+    state = read_state_dict(folder / "adapter_model.safetensors") | read_state_dict(folder / "non_lora_trainables.bin")
+    return {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}
+
+
+def start_of(tmp_path: Path, *more: object) -> LlavaFolder:
+    """The model that a run of ``train_flags`` begins with."""
+    args = parse_args(train_flags(tmp_path / "none", *more))
+    torch.manual_seed(args.seed)
+    return build_for_training(args, None, torch.device("cpu"))
+
+
+# ---- what is trained ----
+
+
+def test_every_checkpoint_and_the_output_folder_hold_an_adapter_to_be_used_as_it_is():
+    run = trained_run()
+    for folder in (run, run / "checkpoint-0"):
+        read = read_llava_folder(folder, base=BASE, vision_tower=TOWER, dtype=torch.float32)
+        assert read.adapter.r == 4
+        assert read.values["image_aspect_ratio"] == "pad"
+        assert read.values["tokenizer_model_max_length"] == 2048
+    for name in PUBLISHED:
+        assert (run / name).read_bytes() == (run / "checkpoint-0" / name).read_bytes()
+        assert (run / name).stat().st_mode & 0o444 == 0o444
+    # the frozen model is in none of its files
+    assert max(path.stat().st_size for path in run.rglob("*.*")) < 100_000
+
+
+def test_the_loss_falls_and_the_log_says_so(tmp_path):
+    program(*train_flags(tmp_path, "--num_train_epochs", 6, "--lr_scheduler_type", "constant"))
+    losses = [row["train_loss"] for row in read_lines(tmp_path / "log.txt")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_adapters_that_have_not_trained_change_nothing_and_exactly_the_plan_moves(tmp_path):
+    folder = start_of(tmp_path)
+    before = {name: value.clone() for name, value in folder.model.state_dict().items()}
+    base = read_llava_folder(BASE, dtype=torch.float32).model
+    ids, pixels = torch.tensor([[1, 5, -200, 7, 9]]), torch.randn(1, 3, *[folder.vision.image_size] * 2)
+    folder.model.eval()
+    with torch.no_grad():
+        assert torch.equal(folder.model(ids, pixels).logits, base(ids, pixels).logits)
+    after = adapter_of(trained_run())
+    names = {name for name, parameter in folder.model.named_parameters() if parameter.requires_grad}
+    assert after.keys() == names
+    assert all(".lora_" in name or "mm_projector" in name for name in names)
+    assert not [name for name in names if torch.equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize(
+    ("flags", "moved"),
+    [
+        (("--freeze_mm_mlp_adapter", "True"), {"lora"}),
+        (("--tune_mm_mlp_adapter", "True"), {"projector"}),
+        (("--lora_enable", "False"), {"projector", "decoder"}),
+        (("--lora_enable", "False", "--freeze_backbone", "True"), {"projector"}),
+        (("--lora_enable", "False", "--unfreeze_mm_vision_tower"), {"projector", "decoder", "tower"}),
+    ],
+)
+def test_after_three_steps_exactly_the_chosen_parts_have_moved(tmp_path, flags, moved):
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps(rows(texts=False)))
+    argv = train_flags(tmp_path / "run", *flags, "--max_steps", 3, data=data)
+    before = {name: value.clone() for name, value in start_of(tmp_path, *flags).model.state_dict().items()}
+    program(*argv)
+    run = tmp_path / "run"
+    if "lora" in moved:
+        after = {**before, **adapter_of(run)}
+    elif (run / "mm_projector.bin").exists():
+        after = {**before, **read_state_dict(run / "mm_projector.bin")}
+    else:
+        after = read_llava_folder(run, dtype=torch.float32).model.state_dict()
+    parts = {
+        name: "lora" if ".lora_" in name else "projector" if "mm_projector" in name
+        else "tower" if "vision_tower" in name else "decoder"
+        for name in before
+    }  # fmt: skip
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {parts[name] for name in changed} == moved
+    # rows of words that no sample has get no gradient, but the table as a whole moves
+    still = {name for name in before if parts[name] in moved} - changed
+    assert not still
+
+
+def test_a_fully_trained_checkpoint_is_a_model_folder_and_can_be_trained_on(tmp_path):
+    program(*train_flags(tmp_path / "full", "--lora_enable", "False", "--max_steps", 1))
+    folder = read_llava_folder(tmp_path / "full" / "checkpoint-step1", vision_tower=TOWER, dtype=None)
+    assert folder.layout == "llava"
+    program(*train_flags(tmp_path / "lora", "--max_steps", 1, model=tmp_path / "full", data=None))
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "full"
+    )
+
+
+def test_a_pretrained_projector_is_taken(tmp_path):
+    program(*train_flags(tmp_path / "first", "--tune_mm_mlp_adapter", "True", "--max_steps", 2))
+    projector = tmp_path / "first" / "mm_projector.bin"
+    folder = start_of(tmp_path, "--pretrain_mm_mlp_adapter", projector)
+    state = folder.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in read_state_dict(projector).items())
+
+
+def test_bfloat16_keeps_frozen_weights_in_16_bits_and_trained_ones_in_32(tmp_path):
+    args = parse_args(train_flags(tmp_path / "run", "--bf16", "True"))
+    folder = build_for_training(args, torch.bfloat16, torch.device("cpu"))
+    kinds = {parameter.requires_grad: parameter.dtype for parameter in folder.model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    program(*train_flags(tmp_path / "run", "--bf16", "True", "--max_steps", 2))
+    assert all(value.dtype == torch.float32 for value in adapter_of(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_over_quantized_weights_train_go_on_and_load_over_the_dense_base(tmp_path, capsys, bits):
+    argv = train_flags(tmp_path / "run", "--bits", bits, "--num_train_epochs", 4, "--lr_scheduler_type", "constant")
+    program(*argv, "--max_steps", 5)
+    program(*argv)
+    assert "resumed from" in capsys.readouterr().err
+    program(*train_flags(tmp_path / "whole", *argv[argv.index("--bits") :]))
+    assert not differences(adapter_of(tmp_path / "run"), adapter_of(tmp_path / "whole"))
+    losses = [row["train_loss"] for row in read_lines(tmp_path / "run" / "log.txt")]
+    assert losses[-1] < 0.9 * losses[0]
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    dense = sum(parameter.numel() for parameter in read_llava_folder(BASE, dtype=None).model.parameters())
+    projector = sum(value.numel() for name, value in adapter_of(tmp_path / "run").items() if ".lora_" not in name)
+    assert facts["parameters_frozen"] == dense - projector
+    read_llava_folder(tmp_path / "run", base=BASE, vision_tower=TOWER, dtype=torch.float32)
+
+
+def test_recomputing_layers_changes_nothing(tmp_path):
+    for name in ("True", "False"):
+        program(*train_flags(tmp_path / name, "--gradient_checkpointing", name, "--max_steps", 3))
+    assert not differences(adapter_of(tmp_path / "True"), adapter_of(tmp_path / "False"))
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    program(*train_flags(tmp_path / "none", "--dry_run"))
+    assert not (tmp_path / "none").exists()
+    assert "dry run: two steps taken" in capsys.readouterr().err
+
+
+def test_a_part_of_an_epoch_and_one_and_a_half(tmp_path):
+    program(*train_flags(tmp_path, "--num_train_epochs", 1.5))
+    assert json.loads((tmp_path / "run.json").read_text())["total_steps"] == 6
+    assert [row["epoch"] for row in read_lines(tmp_path / "log.txt")] == [0, 1]
+
+
+def test_the_flags_of_the_originals_script_are_taken(tmp_path):
+    """scripts/v1_5/finetune_task_lora.sh of the original, with this machine's places."""
+    given = (
+        "--lora_enable True --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False "
+        "--mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 True "
+        "--num_train_epochs 1 --per_device_eval_batch_size 4 --evaluation_strategy no --save_strategy steps "
+        "--save_steps 50000 --save_total_limit 1 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine "
+        "--logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True "
+        "--report_to wandb"
+    )
+    args = parse_args(
+        train_flags(tmp_path, "--vision_tower", TOWER, "--deepspeed", "scripts/zero3.json", *given.split())
+    )
+    assert (args.mode, args.amp, args.batch_size, args.clip_grad) == ("lora", "bf16", 2, 1.0)
+    assert {note.split()[0] for note in args.notes} == {"--per_device_eval_batch_size", "--report_to"}
+
+
+def test_every_template_has_a_version():
+    from scripts.llava_args import VERSIONS
+
+    assert set(VERSIONS) == set(TEMPLATES)
+
+
+# ---- stops ----
+
+_TWO_EPOCHS = ("--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags", "place", "occasion"),
+    [
+        (1, (), "after optimizer step", 4),
+        (1, (), "mid file", 10),
+        (2, (), "after optimizer step", 4),
+        (2, ("--deepspeed", "scripts/zero2.json"), "after optimizer step", 4),
+        pytest.param(2, ("--deepspeed", "scripts/zero3.json"), "after optimizer step", 4, marks=pytest.mark.slow),
+        pytest.param(1, ("--lora_enable", "False"), "after optimizer step", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_and_started_again_ends_like_an_unbroken_one(
+    nursery, tmp_path, world_size, flags, place, occasion
+):
+    """With dropout, so that the draws go on as well."""
+
+    def argv(name: str) -> list[str]:
+        return train_flags(tmp_path / name, *_TWO_EPOCHS, "--gradient_accumulation_steps", 2 // world_size, *flags)
+
+    whole = start(nursery, world_size, argv("whole"), tmp_path / "stderr")
+    assert whole.codes == [0] * world_size, whole.describe()
+    killed = start(nursery, world_size, argv("killed"), tmp_path / "killed_stderr", place, 0, occasion)
+    assert killed.codes[0] == -signal.SIGKILL, killed.describe()
+    assert not killed.hung
+    assert_sound(tmp_path / "killed")
+    resumed = start(nursery, world_size, argv("killed"), tmp_path / "resumed_stderr")
+    assert resumed.codes == [0] * world_size, resumed.describe()
+    assert_same_result(tmp_path / "killed", tmp_path / "whole")
+    names = [path.name for path in (tmp_path / "whole").iterdir() if path.suffix in (".bin", ".safetensors")]
+    assert names
+    for name in names:
+        assert not differences(*(read_state_dict(tmp_path / run / name) for run in ("killed", "whole"))), name
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(nursery, tmp_path):
+    argv = train_flags(tmp_path / "run", *_TWO_EPOCHS)
+    stopped = start(nursery, 1, argv, tmp_path / "stderr", "after optimizer step", 0, 2, "SIGTERM")
+    assert stopped.codes == [143], stopped.describe()
+    assert "the same command goes on from it" in stopped.stderr[0]
+    # what was saved is an adapter that answers
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    read_llava_folder(checkpoint, base=BASE, vision_tower=TOWER, dtype=torch.float32)
+    resumed = start(nursery, 1, argv, tmp_path / "resumed")
+    assert resumed.codes == [0], resumed.describe()
+
+
+# ---- several processes ----
+
+
+@pytest.mark.parametrize("flags", [(), ("--deepspeed", "scripts/zero2.json"), ("--deepspeed", "scripts/zero3.json")])
+def test_two_processes_end_where_one_does(tmp_path, flags):
+    """Clipping and dropout off; the mean over two processes is that over two micro-batches."""
+    plain = ("--lora_dropout", 0, "--learning_rate", 1e-3, "--max_grad_norm", 0)
+    program(*train_flags(tmp_path / "one", *plain))
+    argv = train_flags(tmp_path / "two", *plain, "--gradient_accumulation_steps", 1, *flags)
+    run_in_processes(_run, 2, argv)
+    one, two = (adapter_of(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 2e-5  # measured: see the log of the test
+
+
+def test_only_the_output_folder_is_written(tmp_path):
+    before = tree(BASE) | tree(IMAGES)
+    program(*train_flags(tmp_path / "run", "--max_steps", 1))
+    assert tree(BASE) | tree(IMAGES) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
