@@ -3,8 +3,9 @@
 Source: the data set in ``main.py`` of the VizWiz course competition. A question is a 0/1 vector over the training
 words, a target the most frequent answer. The normalisation comes in as ``process_text`` (the competition's own).
 
-Deliberate difference: the original builds its dictionary from normalised questions but looks raw ones up, so
-``this?`` and ``What`` are unknown words to it; here both are normalised. ``reference=True`` brings the defect back.
+Deliberate differences: the original builds its dictionary from normalised questions but looks raw ones up, so ``this?``
+and ``What`` are unknown words to it; here both are normalised, and ``reference=True`` brings the defect back. It may
+learn an answer that is empty once normalised; ``choose_targets`` does not, ``mode_targets`` is the original's.
 """
 
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
+from data.vizwiz import UNANSWERABLE
 
 TextFunction = Callable[[str], str]
 
@@ -38,6 +40,24 @@ def build_answer_ids(answers: Iterable[Iterable[str]], process_text: TextFunctio
         process_text: the normalisation.
     """
     return _number(process_text(answer) for of_question in answers for answer in of_question)
+
+
+def frequent_answer_ids(answers: Iterable[Iterable[str]], process_text: TextFunction, min_count: int) -> dict[str, int]:
+    """Number the normalised answers that people gave ``min_count`` times or more, in the order of first appearance.
+
+    Args:
+        answers: per question, what the people said, raw; of the training split.
+        process_text: the normalisation; an answer that it leaves empty is left out.
+        min_count: over all questions and people.
+
+    Raises:
+        DataError: there is none.
+    """
+    counts = Counter(process_text(answer) for of_question in answers for answer in of_question)
+    frequent = _number(text for text, count in counts.items() if text and count >= min_count)
+    if not frequent:
+        raise DataError(f"no answer was given {min_count} times or more: lower --min_answer_count")
+    return frequent
 
 
 def question_vector(
@@ -94,6 +114,29 @@ def mode_targets(encoded: Iterable[Sequence[int]]) -> Tensor:
     # Counter keeps the order of first appearance and most_common is stable: the first seen wins
     modes = [Counter(_nonempty(ids, row)).most_common(1)[0][0] for row, ids in enumerate(encoded)]
     return torch.tensor(modes, dtype=torch.long)
+
+
+def choose_targets(
+    answers: Iterable[Sequence[str]], answer_ids: Mapping[str, int], process_text: TextFunction
+) -> list[int | None]:
+    """The most frequent answer that can be learnt of each question; of equally frequent ones the one given first.
+
+    Answers that are empty once normalised give way to the others; where all are, ``unanswerable`` stands in.
+
+    Args:
+        answers: per question, what the people said, raw.
+        answer_ids: number by normalised answer; several answers may share one.
+        process_text: the normalisation that ``answer_ids`` was built with.
+
+    Returns:
+        Per question a number, or None where none of its answers has one.
+    """
+    targets: list[int | None] = []
+    for of_question in answers:
+        texts = list(filter(None, map(process_text, of_question))) or [UNANSWERABLE]
+        known = [answer_ids[text] for text in texts if text in answer_ids]
+        targets.append(Counter(known).most_common(1)[0][0] if known else None)
+    return targets
 
 
 def _number(items: Iterable[str]) -> dict[str, int]:

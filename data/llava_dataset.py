@@ -28,11 +28,24 @@ SCHEMA = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sample; ``image`` is its path, or None for text alone."""
+    """One sample.
+
+    Attributes:
+        name: its id.
+        turns: of human and gpt.
+        image: its path, or None for text alone.
+        answers: of which each epoch takes one in place of the last turn's; empty: the last turn's.
+    """
 
     name: str
     turns: tuple[Turn, ...]
     image: str | None
+    answers: tuple[str, ...] = ()
+
+    def variants(self) -> list[tuple[Turn, ...]]:
+        """The turns with each of the answers."""
+        who = self.turns[-1][0]
+        return [(*self.turns[:-1], (who, answer)) for answer in self.answers] or [self.turns]
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
@@ -62,7 +75,10 @@ def read_conversations(path: str | Path) -> list[Conversation]:
             raise DataError(f"{where} {what}: mend the sample")
         if places > 1:
             raise DataError(f"{where} has {IMAGE_TOKEN} in {places} turns and one image: keep it in one turn")
-        samples.append(Conversation(str(row.get("id", number)), pairs, image))
+        answers = row.get("answers", [])
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not pairs:
+            raise DataError(f'{where}: "answers" must be a list of texts behind a conversation, got {answers!r:.80}')
+        samples.append(Conversation(str(row.get("id", number)), pairs, image, tuple(answers)))
     return samples
 
 
@@ -120,8 +136,9 @@ class LlavaDataset:
         """
         sample = self._samples[index]
         where = f"sample {index} ({sample.name})"
+        variants = sample.variants()
         encoded = encode_conversation(
-            sample.turns,
+            variants[int(rng.integers(len(variants)))] if len(variants) > 1 else variants[0],
             self._tokenizer,
             self._template,
             has_image=sample.image is not None,

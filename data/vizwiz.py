@@ -7,7 +7,9 @@ Deliberate differences: an answer that is empty once normalised, which nothing c
 one; an image name that does not end in .jpg is kept as it is.
 """
 
+import hashlib
 import io
+import json
 import os
 import re
 from collections import Counter
@@ -19,16 +21,23 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.files import check_relative, iterate_jsonl, parse_json, read_json
+from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, read_json
 from data.metrics.vizwiz import normalize_evalai, process_text, ten_choose_nine
 
 UNANSWERABLE = "unanswerable"
+ANSWERS_KEY = "answers"  # of a training sample that is to be learnt with another answer in each epoch
 # LLaVA's prompt for VizWiz, behind the question
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
     "\nAnswer the question using a single word or phrase."
 )
-ANSWER_CHOICES = ("mode", "soft")
+ANSWER_CHOICES = ("mode", "soft", "sample", "all")
+# what may be done to an answer before it is sent: the original's rules, the course's, nothing
+NORMALIZATIONS: dict[str, Callable[[str], str]] = {
+    "evalai": normalize_evalai,
+    "process_text": process_text,
+    "none": str,
+}
 CONFIDENCES = ("yes", "maybe", "no")
 _ROW_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _KEYS = ("image", "question", "answers", "answer_type", "answerable")
@@ -153,6 +162,29 @@ def _parse_answer(answer: Any, where: str) -> VizWizAnswer:
     return VizWizAnswer(text, confidence)
 
 
+def split_rows(rows: Sequence[VizWizRow], share: float, seed: int) -> tuple[list[VizWizRow], list[VizWizRow]]:
+    """Rows to train on and rows to keep for scoring, both in file order.
+
+    The draw is by SHA-256 of seed and id: no library version changes it, and it hardly moves when rows are added.
+
+    Args:
+        rows: of the training split.
+        share: of all rows, below 1; a share above 0 keeps at least one.
+        seed: another one draws other rows.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    if not share:
+        return list(rows), []
+    amount = max(1, round(share * len(rows)))
+    if amount >= len(rows):
+        raise DataError(f"--hold_out {share:g} of {len(rows)} rows leaves nothing to train on: give a smaller share")
+    drawn = sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:amount]
+    chosen = set(drawn)
+    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
+
+
 @dataclass(frozen=True)
 class ConversionOptions:
     """How rows become LLaVA's conversations; the defaults are those of the competition's pipeline.
@@ -161,7 +193,8 @@ class ConversionOptions:
         keep_questions_raw: write questions as they were asked instead of normalised.
         suffix: put behind every question, such as ``SUFFIX``.
         answer_choice: ``mode`` learns the most frequent answer, ``soft`` one of the highest accuracy (all that four
-            people gave are equal to it). The first given wins ties.
+            people gave are equal to it). The first given wins ties. ``sample`` keeps everybody's answer in the file, of
+            which each epoch of run_llava_lora.py draws one; ``all`` makes a sample of each.
         drop_unsure_answers: leave out people who were not confident, unless nobody was.
     """
 
@@ -243,11 +276,16 @@ def training_file(rows: Iterable[VizWizRow], options: ConversionOptions | None =
             answers = [answer for answer in answers if answer.confidence != "no"] or answers
         text, is_replaced = choose_answer([answer.text for answer in answers], options.answer_choice)
         num_replaced += is_replaced
-        turns = [
-            {"from": "human", "value": f"<image>\n{options.prompt_of(row)}"},
-            {"from": "gpt", "value": text},
-        ]
-        entries.append({"id": row.id, "image": row.image, "conversations": turns})
+        everybody = [processed for answer in answers if (processed := process_text(answer.text, llava_fork=True))]
+        everybody = everybody or [UNANSWERABLE]
+        for number, one in enumerate(everybody if options.answer_choice == "all" else [text]):
+            turns = [
+                {"from": "human", "value": f"<image>\n{options.prompt_of(row)}"},
+                {"from": "gpt", "value": one},
+            ]
+            name = f"{row.id}_{number}" if options.answer_choice == "all" else row.id
+            entry = {"id": name, "image": row.image, "conversations": turns}
+            entries.append(entry | ({ANSWERS_KEY: everybody} if options.answer_choice == "sample" else {}))
     return TrainingFile(entries, num_replaced)
 
 
@@ -325,6 +363,27 @@ def upload_entries(
     return [
         {"image": question["image"], "answer": normalize(results[question["question_id"]])} for question in questions
     ]
+
+
+def write_upload(path: str | Path, entries: Sequence[Mapping[str, str]]) -> None:
+    """Write ``upload_entries`` as the original does, on one line without an end, whole or not at all."""
+    with open_atomic(path) as handle:
+        json.dump(entries, handle)
+
+
+def read_upload(path: str | Path) -> list[str]:
+    """The answers of a file of ``upload_entries``, in its order.
+
+    Raises:
+        DataError: names the entry that has no answer.
+    """
+    entries = read_json(path, advice="scripts/convert_vizwiz_for_submission.py writes it")
+    if not isinstance(entries, list):
+        raise DataError(f'{path} must hold a list of {{"image": name, "answer": text}}, got {entries!r:.40}')
+    for number, entry in enumerate(entries):
+        if type(entry) is not dict or type(entry.get("answer")) is not str:
+            raise DataError(f'{path}: entry {number} must be {{"image": name, "answer": text}}, got {entry!r:.80}')
+    return [entry["answer"] for entry in entries]
 
 
 def write_submission(path: str | Path, answers: Sequence[str]) -> None:

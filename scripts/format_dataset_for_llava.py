@@ -14,9 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from data.errors import DataError
@@ -28,6 +26,7 @@ from data.vizwiz import (
     VizWizRow,
     question_lines,
     read_rows,
+    split_rows,
     training_file,
 )
 from scripts.arguments import OneLineParser, count, number
@@ -50,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--answer_choice",
         choices=ANSWER_CHOICES,
         default="mode",
-        help="learn the most frequent answer, or the first of the highest accuracy (%(default)s)",
+        help="learn the most frequent answer, the first of the highest accuracy, another one in each epoch (sample), or "
+        "a sample of each person's (all) (%(default)s)",
     )
     p.add_argument("--drop_unsure", action="store_true", help="leave out answers of people who were not confident")
     p.add_argument(
@@ -107,29 +107,6 @@ def main(argv: list[str] | None = None) -> None:
         ("empty answers replaced", converted.num_replaced),
     ):
         print(f"{what}: {amount} of {total} ({100 * amount / total:.1f} %)")
-
-
-def split_rows(rows: Sequence[VizWizRow], share: float, seed: int) -> tuple[list[VizWizRow], list[VizWizRow]]:
-    """Rows to train on and rows to keep for scoring, both in file order.
-
-    The draw is by SHA-256 of seed and id: no library version changes it, and it hardly moves when rows are added.
-
-    Args:
-        rows: of the training split.
-        share: of all rows, below 1; a share above 0 keeps at least one.
-        seed: another one draws other rows.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    if not share:
-        return list(rows), []
-    amount = max(1, round(share * len(rows)))
-    if amount >= len(rows):
-        raise DataError(f"--hold_out {share:g} of {len(rows)} rows leaves nothing to train on: give a smaller share")
-    drawn = sorted((row.id for row in rows), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())[:amount]
-    chosen = set(drawn)
-    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
 
 
 def annotation_of(row: VizWizRow) -> dict[str, Any]:

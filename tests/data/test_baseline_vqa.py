@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from data.baseline_vqa import build_answer_ids, build_word_ids, encode_answers, mode_targets, question_vector
+from data.baseline_vqa import (
+    build_answer_ids,
+    build_word_ids,
+    choose_targets,
+    encode_answers,
+    frequent_answer_ids,
+    mode_targets,
+    question_vector,
+)
 from data.errors import DataError
 
 
@@ -57,3 +65,27 @@ def test_a_question_without_answers_is_named():
 def test_an_answer_outside_the_dictionary_is_named():
     with pytest.raises(DataError, match="answer 'Green' of question 1 .* not in the answer dictionary"):
         encode_answers([["blue"], ["Green"]], {"blue": 0}, lower_without_marks)
+
+
+def test_an_empty_answer_gives_way_to_the_next_and_unanswerable_stands_in_where_all_are_empty():
+    answers = [["?", "?", "red", "blue", "blue"], ["?", "."], ["?"]]
+    answer_ids = build_answer_ids([*answers, ["unanswerable"]], lower_without_marks)
+    names = list(answer_ids)
+    assert [names[target] for target in choose_targets(answers, answer_ids, lower_without_marks)] == [
+        *("blue", "unanswerable", "unanswerable")
+    ]
+    # the original learns the empty one
+    assert names[mode_targets(encode_answers(answers, answer_ids, lower_without_marks))[0]] == ""
+
+
+def test_answers_of_one_class_are_counted_together_and_unknown_ones_teach_nothing():
+    answers = [["cat", "dog", "dog", "kitten"], ["fish"], ["?"]]
+    assert choose_targets(answers, {"cat": 0, "kitten": 0, "dog": 1}, lower_without_marks) == [0, None, None]
+
+
+def test_rare_and_empty_answers_are_left_out_of_a_reduced_dictionary():
+    answers = [["Red", "?", "?"], ["blue", "red."], ["green"]]
+    assert frequent_answer_ids(answers, lower_without_marks, 2) == {"red": 0}
+    assert frequent_answer_ids(answers, lower_without_marks, 1) == {"red": 0, "blue": 1, "green": 2}
+    with pytest.raises(DataError, match="no answer was given 3 times or more"):
+        frequent_answer_ids(answers, lower_without_marks, 3)

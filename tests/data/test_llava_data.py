@@ -396,7 +396,7 @@ def test_people_who_are_all_unsure_are_all_heard():
 def test_what_cannot_be_converted_is_refused():
     with pytest.raises(DataError, match="image a.b.jpg has no answers to learn from"):
         training_file([a_row()])
-    with pytest.raises(DataError, match="must be one of mode, soft, got 'best'"):
+    with pytest.raises(DataError, match="must be one of mode, soft, sample, all, got 'best'"):
         ConversionOptions(answer_choice="best")
 
 
@@ -467,3 +467,16 @@ def test_a_write_that_fails_leaves_the_old_submission_and_no_rest(tmp_path, monk
         write_submission(path, ["x"])
     assert [file.name for file in tmp_path.iterdir()] == ["submission.npy"]
     assert path.read_bytes() == b"old"
+
+
+def test_everybodys_answer_is_kept_for_the_epochs_to_draw_from_or_becomes_a_sample():
+    row = a_row(*((text,) for text in ("A cup.", "a mug", "a mug", ".", "cup")))
+    (entry,) = training_file([row], ConversionOptions(answer_choice="sample")).entries
+    assert entry["answers"] == ["cup", "mug", "mug", "cup"]
+    assert entry["conversations"][-1]["value"] == "cup"
+    entries = training_file([row], ConversionOptions(answer_choice="all")).entries
+    assert [entry["conversations"][-1]["value"] for entry in entries] == ["cup", "mug", "mug", "cup"]
+    assert len({entry["id"] for entry in entries}) == 4
+    assert all("answers" not in entry for entry in entries)
+    (alone,) = training_file([a_row((".",), ("the",))], ConversionOptions(answer_choice="all")).entries
+    assert alone["conversations"][-1]["value"] == "unanswerable"

@@ -94,3 +94,21 @@ def test_a_sample_that_cannot_be_learned_or_read_is_named(dataset_of):
     wrong["conversations"][1]["from"] = "robot"
     with pytest.raises(DataError, match=r"sample 0 \(one\): turn 2 is from 'robot'"):
         dataset_of(wrong).sample(0, np.random.default_rng(0))
+
+
+def test_of_several_answers_each_epoch_learns_one(dataset_of):
+    dataset = dataset_of(said(answers=["a cup", "a mug", "a glass"]))
+
+    def learned(seed: int) -> tuple[int, ...]:
+        labels = dataset.sample(0, np.random.default_rng(seed)).encoded.labels
+        return tuple(label for label in labels if label != IGNORE_INDEX)
+
+    assert learned(3) == learned(3)
+    assert len({learned(seed) for seed in range(40)}) == 3
+    plain = dataset_of(said(answer="a mug")).sample(0, np.random.default_rng(0)).encoded.labels
+    assert tuple(label for label in plain if label != IGNORE_INDEX) in {learned(seed) for seed in range(40)}
+
+
+def test_answers_that_are_no_texts_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r'"answers" must be a list of texts'):
+        read_conversations(write(tmp_path, [said(answers=["a", 3])]))
