@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--answer_choice",
         choices=ANSWER_CHOICES,
         default="mode",
-        help="learn the most frequent answer, the first of the highest accuracy, another one in each epoch (sample), or "
-        "a sample of each person's (all) (%(default)s)",
+        help="learn the most frequent answer, the first of the highest accuracy, another one in each epoch (sample), "
+        "or a sample of each person's (all) (%(default)s)",
     )
     p.add_argument("--drop_unsure", action="store_true", help="leave out answers of people who were not confident")
     p.add_argument(
