@@ -190,13 +190,16 @@ def build_eval_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     done: Collection[int] = (),
+    fixed_batches: bool = False,
     watch: Watch = iter,
 ) -> EvalLoader:
     """Loader over every sample once, without the batches whose samples are all in ``done`` (``EvalBatchSampler``).
 
     ``watch`` as in ``build_train_loader``.
     """
-    sampler = EvalBatchSampler(len(source), batch_size, rank=rank, world_size=world_size, done=done)
+    sampler = EvalBatchSampler(
+        len(source), batch_size, rank=rank, world_size=world_size, done=done, fixed_batches=fixed_batches
+    )
     return EvalLoader(_data_loader(source, collate, sampler, 0, num_workers, pin_memory), len(source), watch)
 
 

@@ -77,9 +77,19 @@ class EvalBatchSampler:
     """Batches of one process such that all processes together see every sample exactly once, none repeated."""
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1, done: Collection[int] = ()
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        done: Collection[int] = (),
+        fixed_batches: bool = False,
     ) -> None:
         """Rank r reads samples r, r + world_size, …; the last batches may be short or missing on some ranks.
+
+        With ``fixed_batches`` the file is cut into batches first, and rank r reads batches r, r + world_size, …: they
+        are the same for any number of processes.
 
         Batches whose samples are all in ``done`` are left out. The others keep their samples, also those that are done:
         what a model computes for a sample may depend, in the last bits, on what else is in the batch.
@@ -91,8 +101,10 @@ class EvalBatchSampler:
             raise DataError(f"--eval_batch_size must be at least 1, got {batch_size}")
         if num_samples < 1:
             raise DataError("there is nothing to evaluate: the split has no samples")
-        indices = range(rank, num_samples, world_size)
-        batches = (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
+        own = range(num_samples) if fixed_batches else range(rank, num_samples, world_size)
+        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        if fixed_batches:
+            batches = batches[rank::world_size]
         done = frozenset(done)
         self._batches = [batch for batch in batches if not done.issuperset(batch)]
 

@@ -61,8 +61,9 @@ class LlamaConfig:
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}"
             )
         theta, factor = _rope(table)
+        size, padding = table.read("vocab_size", is_positive_int, 0), values.get("pad_token_id")
         return cls(
-            vocab_size=table.read("vocab_size", is_positive_int, 0),
+            vocab_size=size,
             hidden_size=width,
             intermediate_size=table.read("intermediate_size", is_positive_int, 0),
             num_hidden_layers=table.read("num_hidden_layers", is_positive_int, 0),
@@ -75,7 +76,8 @@ class LlamaConfig:
             tie_word_embeddings=table.read("tie_word_embeddings", is_bool, False),
             bos_token_id=table.read("bos_token_id", is_int, 1),
             eos_token_id=table.read("eos_token_id", is_int, 2),
-            pad_token_id=values["pad_token_id"] if type(values.get("pad_token_id")) is int else 0,
+            # published configs have -1, or the id of a token that was added without a row
+            pad_token_id=padding if type(padding) is int and 0 <= padding < size else 0,
         )
 
 

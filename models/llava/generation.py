@@ -3,6 +3,7 @@
 Letters: B batch, T rows of the prompts, n beams, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,8 @@ class _Steps:
             embeds, mask=mask if self._padded else None, positions=positions, cache=self._cache
         ).tokens
         self.logits = model.lm_head(hidden[:, -1]).float()  # (rows, V) of the next word
+        if not bool(self.logits.isfinite().all()):
+            raise FloatingPointError("the model's logits are not finite numbers")
 
     def advance(self, words: Tensor) -> None:
         """Append (rows,) words."""
@@ -85,7 +88,11 @@ class _Steps:
 
 @torch.no_grad()
 def generate(
-    model: LlavaForCausalLM, joined: Joined, decoding: Decoding, *, generator: torch.Generator | None = None
+    model: LlavaForCausalLM,
+    joined: Joined,
+    decoding: Decoding,
+    *,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Answer each prompt.
 
@@ -93,10 +100,13 @@ def generate(
         model: in evaluation mode.
         joined: prompts, padded on the left (``model.join(..., padding_side="left")``).
         decoding: how.
-        generator: of the draws.
+        generator: of the draws; one for each prompt makes them independent of what else is in the batch.
 
     Returns:
         (B, up to max_new_tokens) ids of the new words, the end included, filled up with the padding id.
+
+    Raises:
+        FloatingPointError: what the model makes of the prompts is not finite.
     """
     last = joined.mask[:, -1]
     if not bool(last.all()):
@@ -108,7 +118,7 @@ def generate(
     for _ in range(decoding.max_new_tokens):
         if decoding.temperature > 0:
             chances = warped(steps.logits, decoding.temperature, decoding.top_k, decoding.top_p)
-            word = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            word = _draw(chances, generator)
         else:
             word = steps.logits.argmax(dim=-1)
         word = torch.where(open_, word, config.pad_token_id)
@@ -118,6 +128,14 @@ def generate(
             break
         steps.advance(word)
     return torch.stack(words, dim=1)
+
+
+def _draw(chances: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """(B, V) probabilities -> (B,) words."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(chances, 1, generator=generator).squeeze(1)
+    rows = zip(chances, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
 def warped(logits: Tensor, temperature: float, top_k: int, top_p: float | None) -> Tensor:

@@ -130,6 +130,17 @@ def test_an_evaluation_that_goes_on_leaves_out_whole_batches_and_keeps_the_other
     assert batches(range(20)) == []
 
 
+def test_fixed_batches_are_the_same_for_any_number_of_processes():
+    for world_size in (1, 2, 3, 5):
+        found = []
+        for rank in range(world_size):
+            sampler = EvalBatchSampler(10, 3, rank=rank, world_size=world_size, fixed_batches=True)
+            found += [[key.index for key in keys] for keys in sampler]
+        assert sorted(found) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    sampler = EvalBatchSampler(10, 3, rank=1, world_size=2, done={3, 4, 5, 9}, fixed_batches=True)
+    assert list(sampler) == []
+
+
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(DataError, match="there is nothing to evaluate: the split has no samples"):
         EvalBatchSampler(0, 2)
