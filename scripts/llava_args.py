@@ -250,6 +250,8 @@ def _check(args: argparse.Namespace) -> None:
             args.notes.append(f"--{name} has no effect: {why}")
     if args.report_to not in ("none", "tensorboard"):
         args.notes.append(f"--report_to {args.report_to} has no effect: log.txt and --log_dir hold the figures")
+    if args.evaluation_strategy == "epoch" and args.val_annotations is None:
+        raise DataError("--evaluation_strategy epoch needs --val_annotations, which has the answers")
     if args.val_annotations is None and (args.val_questions or args.val_image_folder):
         raise DataError("--val_questions and --val_image_folder go with --val_annotations, which has the answers")
 
@@ -283,6 +285,12 @@ def _find_places(args: argparse.Namespace) -> None:
         args.deepspeed_file = read_json(args.deepspeed, advice="give DeepSpeed's settings as --deepspeed")
         if not isinstance(args.deepspeed_file, dict):
             raise DataError(f"--deepspeed {args.deepspeed} must hold one JSON object")
+        zero = args.deepspeed_file.get("zero_optimization")
+        if args.val_annotations is not None and isinstance(zero, dict) and zero.get("stage") == 3:
+            raise DataError(
+                f"--deepspeed {args.deepspeed} is of stage 3, in which processes would wait for each other's longer "
+                "answers: take stage 2, or leave --val_annotations out and run scripts/model_vqa_loader.py afterwards"
+            )
     name = model.resolve().name
     suffix = {"lora": "finetune_lora", "projector": "pretrain", "full": "finetune"}[mode_of(args)]
     args.output_dir = args.output_dir or f"checkpoints/{name}-{suffix}"

@@ -17,13 +17,18 @@ from data.image_reader import ImageReader, check_images_exist
 from data.llava_conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
 from data.llava_dataset import Conversation, LlavaCollate, LlavaDataset, read_conversations
 from data.llava_images import LlavaTransform
+from data.llava_questions import read_llava_questions
 from data.llava_sampler import LengthGroupedSampler
 from data.loader import EvalLoader, TrainLoader
+from data.vizwiz import VizWizRow, read_rows
 from engine import distributed
 from engine.log import say
+from engine.partial_results import PartialResults
+from models.llava.generation import Decoding
 from models.llava.llava import LlavaForCausalLM
 from models.llava.splice import IMAGE_PLACE
 from models.quantized import QuantizedWeight
+from scripts import llava_vqa
 from scripts.llava_folder import LlavaFolder
 from scripts.loaders import build_loader
 
@@ -93,27 +98,28 @@ def _check_samples(samples: list[Conversation], args: argparse.Namespace, folder
     bar = tqdm(samples, desc="checking samples", unit="sample", leave=False, disable=None)
     for number, sample in enumerate(bar):
         where = f"{args.data_path}: sample {number} ({sample.name})"
-        encoded = encode_conversation(
-            sample.turns,
-            folder.tokenizer,
-            TEMPLATES[args.version],
-            has_image=sample.image is not None,
-            max_length=args.model_max_length,
-            where=where,
-        )
-        ids, targets = np.array(encoded.ids), np.array(encoded.labels)
-        # the row that each token has once every image place has become the image's rows
-        rows = np.arange(len(ids)) + np.cumsum(ids == IMAGE_PLACE) * (image_rows - 1)
-        learnt = rows[targets != IGNORE_INDEX]
-        kept = int((learnt < args.model_max_length).sum())
-        if not kept:
-            raise DataError(
-                f"{where}: its answer begins at row {learnt[0]}, behind --model_max_length {args.model_max_length}: "
-                "raise it or shorten the sample"
+        for turns in dict.fromkeys(sample.variants()):
+            encoded = encode_conversation(
+                turns,
+                folder.tokenizer,
+                TEMPLATES[args.version],
+                has_image=sample.image is not None,
+                max_length=args.model_max_length,
+                where=where,
             )
-        cut += kept < len(learnt)
-        labels += kept
-    say(f"train: {len(samples)} samples, {labels} words to learn" + (f", {cut} answers are cut" if cut else ""))
+            ids, targets = np.array(encoded.ids), np.array(encoded.labels)
+            # the row that each token has once every image place has become the image's rows
+            rows = np.arange(len(ids)) + np.cumsum(ids == IMAGE_PLACE) * (image_rows - 1)
+            learnt = rows[targets != IGNORE_INDEX]
+            kept = int((learnt < args.model_max_length).sum())
+            if not kept:
+                raise DataError(
+                    f"{where}: its answer begins at row {learnt[0]}, behind --model_max_length "
+                    f"{args.model_max_length}: raise it or shorten the sample"
+                )
+            cut += kept < len(learnt)
+            labels += kept
+    say(f"train: {len(samples)} samples, {labels} tokens to learn" + (f", {cut} answers are cut" if cut else ""))
 
 
 def num_image_rows(folder: LlavaFolder) -> int:
@@ -149,7 +155,62 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 def validation(
     args: argparse.Namespace, folder: LlavaFolder, *, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[Validate | None, EvalLoader | None]:
-    """What the loop calls after every epoch, and its questions; nothing without ``--val_annotations``."""
+    """What the loop calls after every epoch, and its questions; nothing without ``--val_annotations``.
+
+    Raises:
+        DataError: questions, images or annotations are missing or broken.
+    """
     if args.val_annotations is None:
         return None, None
-    raise NotImplementedError
+    questions = read_llava_questions(args.val_questions)[: args.limit_samples]
+    rows = llava_vqa.match_rows(read_rows(args.val_annotations), questions)
+    if not args.skip_broken_images:
+        check_images_exist((q.image for q in questions), Path(args.val_image_folder), flag="--val_image_folder")
+    dataset = llava_vqa.question_dataset(
+        folder,
+        questions,
+        args.val_image_folder,
+        template=TEMPLATES[args.version],
+        skip_broken_images=args.skip_broken_images,
+    )
+    loader = llava_vqa.question_loader(
+        dataset,
+        batch_size=args.eval_batch_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        max_bad_samples=args.max_bad_samples,
+    )
+    say(f"val: {len(questions)} questions")
+    return partial(validate, folder=folder, args=args, rows=rows, device=device, dtype=dtype), loader
+
+
+def validate(
+    model: LlavaForCausalLM,
+    loader: EvalLoader,
+    epoch: int,
+    *,
+    folder: LlavaFolder,
+    args: argparse.Namespace,
+    rows: dict[int, VizWizRow],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, float]:
+    """``accuracy``: that of greedy answers by the course's rule, in percent; ``unanswerable``: share of such answers.
+
+    ``rows`` are the annotations by the questions' places; ``epoch`` makes no difference.
+    """
+    answers = llava_vqa.answer(
+        model,
+        loader,
+        PartialResults(None, "validation", {}, list(rows)),
+        tokenizer=folder.tokenizer,
+        images=folder.images,
+        decoding=Decoding(max_new_tokens=args.max_new_tokens),
+        device=device,
+        autocast=partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None),
+    )
+    scores = llava_vqa.score(rows, answers)
+    return {
+        BEST_METRIC: scores["accuracy"]["course"]["overall"],
+        "unanswerable": 100 * scores["unanswerable"]["predicted"],
+    }

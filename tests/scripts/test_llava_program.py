@@ -277,3 +277,38 @@ def test_only_the_output_folder_is_written(tmp_path):
     program(*train_flags(tmp_path / "run", "--max_steps", 1))
     assert tree(BASE) | tree(IMAGES) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# ---- validation ----
+
+
+def labelled_questions(folder: Path, answer: str = "a cup") -> list[object]:
+    """Flags for a validation of three questions."""
+    names = sorted(path.name for path in IMAGES.iterdir())
+    asked = [{"question_id": Path(n).stem, "image": n, "text": "what is this"} for n in names]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    given = [{"image": n, "question": "what is this", "answers": [{"answer": answer}] * 10} for n in names]
+    (folder / "rows.json").write_text(json.dumps(given))
+    flags = ["--val_annotations", folder / "rows.json", "--val_questions", folder / "questions.jsonl"]
+    return [*flags, "--max_new_tokens", 6]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_validation_answers_every_question_and_keeps_the_best(tmp_path, world_size):
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([row | {"conversations": [row["conversations"][0], {"from": "gpt", "value": "a cup"}]}
+                                for row in rows(12, texts=False)]))  # fmt: skip
+    argv = train_flags(
+        tmp_path / "run", *labelled_questions(tmp_path), "--num_train_epochs", 8, "--learning_rate", 0.03, data=data
+    )
+    if world_size == 1:
+        program(*argv)
+    else:
+        run_in_processes(_run, world_size, [*argv, "--gradient_accumulation_steps", "1"])
+    scores = [row["val_accuracy"] for row in read_lines(tmp_path / "run" / "log.txt")]
+    assert scores[0] == 0  # a random model says nothing like it
+    assert max(scores) == 100
+    best = json.loads((tmp_path / "run" / "checkpoint-best" / "manifest.json").read_text())["global_step"]
+    assert best == 3 * (scores.index(100) + 1)
+    for name in PUBLISHED:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "run" / "checkpoint-best" / name).read_bytes()

@@ -1,0 +1,322 @@
+"""Whatever a user can get wrong with LLaVA's training: exit code 2, one line that names it, nothing overwritten."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scripts.program import run
+from tests.scripts.llava_run import BASE, IMAGES, TINY, TOWER, conversation, program, rows, train_flags, trained_run
+from tests.scripts.vqa_run import the_error_line, tree
+
+
+class Case:
+    """Private copies of model, tower, images and training file, and an output folder that holds an older result."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.tmp = tmp_path
+        self.model = Path(shutil.copytree(BASE, tmp_path / "models" / "llava"))
+        self.tower = Path(shutil.copytree(TOWER, tmp_path / "models" / "clip"))
+        self.images = Path(shutil.copytree(IMAGES, tmp_path / "images"))
+        self.data = tmp_path / "train.json"
+        self.samples(rows())
+        self.output = tmp_path / "output"
+        self.output.mkdir()
+        (self.output / "submission.npy").write_text("older")
+
+    def samples(self, content: object) -> None:
+        self.data.write_text(json.dumps(content))
+
+    def sample(self, **values: object) -> list[str]:
+        """The first sample is another one."""
+        self.samples([rows()[0] | values, *rows()[1:]])
+        return self.train()
+
+    def say(self, question: str, answer: str) -> list[str]:
+        return self.sample(conversations=[{"from": "human", "value": question}, {"from": "gpt", "value": answer}])
+
+    def train(self, *more: object) -> list[str]:
+        places = ("--image_folder", self.images)
+        return train_flags(self.output, "--max_steps", 1, *places, *more, model=self.model, data=self.data)
+
+    def config(self, **values: object) -> list[str]:
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return self.train()
+
+
+MET_IN_A_STEP = ("an_image_that_is_none",)
+BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
+
+
+def bad(message: str) -> Callable:
+    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
+
+    def register(spoil: Callable[[Case], list[str]]) -> Callable:
+        BAD[spoil.__name__] = (spoil, message)
+        return spoil
+
+    return register
+
+
+# ---- the model's folder ----
+
+
+@bad(r"no model folder at .*nowhere: give --model_name_or_path")
+def no_model(case):
+    return case.train("--model_name_or_path", case.tmp / "nowhere")
+
+
+@bad(r"needs the shard pytorch_model-00002-of-00002.bin, which is not in .*: download it")
+def a_missing_shard(case):
+    (case.model / "pytorch_model-00002-of-00002.bin").unlink()
+    return case.train()
+
+
+@bad(r"pytorch_model.bin.index.json .*model.layers.9.no.weight")
+def an_index_that_names_an_absent_tensor(case):
+    path = case.model / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.no.weight"] = "pytorch_model-00001-of-00002.bin"
+    path.write_text(json.dumps(index))
+    return case.train()
+
+
+@bad(r"model.safetensors")
+def a_corrupt_safetensors_header(case):
+    for path in case.model.glob("pytorch_model*"):
+        path.unlink()
+    (case.model / "model.safetensors").write_bytes(b"\xff" * 64)
+    return case.train()
+
+
+@bad(r"pytorch_model-00001-of-00002.bin")
+def a_torn_shard(case):
+    path = case.model / "pytorch_model-00001-of-00002.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+    return case.train()
+
+
+@bad(r"lacks \d+ weights, the first: model\.")
+def a_model_without_some_weights(case):
+    for path in case.model.glob("pytorch_model*"):
+        path.unlink()
+    save_file({"lm_head.weight": torch.zeros(json.loads((BASE / "config.json").read_text())["vocab_size"], 32)},
+              case.model / "model.safetensors")  # fmt: skip
+    return case.train()
+
+
+@bad(r"no image tower at .*, nor beside .*: download it and give it as --vision_tower")
+def no_tower(case):
+    shutil.rmtree(case.tower)
+    return case.config(mm_vision_tower="openai/clip-of-nobody")
+
+
+@bad(r"image features of width \d+, mm_hidden_size says 999")
+def a_tower_of_another_width(case):
+    return case.config(mm_hidden_size=999)
+
+
+@bad(r"config.json")
+def a_config_that_is_no_json(case):
+    (case.model / "config.json").write_text("{")
+    return case.train()
+
+
+@bad(r"config.json.*hidden_act")
+def an_activation_that_is_not_offered(case):
+    return case.config(hidden_act="gelu")
+
+
+@bad(r"tokenizer.model")
+def no_tokenizer(case):
+    (case.model / "tokenizer.model").unlink()
+    return case.train()
+
+
+@bad(r"is an adapter: merge it first \(scripts/merge_lora_weights.py\)")
+def an_adapter_as_the_model(case):
+    folder = Path(shutil.copytree(TINY / "llava-lora", case.tmp / "models" / "llava-lora"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(case.model)}))
+    return case.train("--model_name_or_path", folder)
+
+
+@bad(r"--mm_projector_type linear: .* was trained with mlp2x_gelu")
+def another_projector_than_the_models(case):
+    return case.train("--mm_projector_type", "linear")
+
+
+@bad(r"other.bin holds x, which is no weight of a projector")
+def a_projector_file_of_something_else(case):
+    torch.save({"x": torch.zeros(2)}, case.tmp / "other.bin")
+    return case.train("--pretrain_mm_mlp_adapter", case.tmp / "other.bin")
+
+
+@bad(r"was written by a run of another model or other parameter groups")
+def a_checkpoint_of_another_rank(case):
+    shutil.copytree(trained_run() / "checkpoint-0", case.output / "checkpoint-0")
+    (case.output / "latest").write_text("checkpoint-0\n")
+    return [*case.train("--max_steps", -1, "--num_train_epochs", 2), "--lora_r", "8"]
+
+
+# ---- the data ----
+
+
+@bad(r"no file .*nothing.json: run python scripts/format_dataset_for_llava.py first")
+def no_training_file(case):
+    return case.train("--data_path", case.tmp / "nothing.json")
+
+
+@bad(r"must hold a list of samples")
+def a_training_file_of_columns(case):
+    case.samples({"image": {"0": "a.png"}})
+    return case.train()
+
+
+@bad(r"sample 0 \(counted from 0\) has an image but no <image> in its text")
+def an_image_without_its_place(case):
+    return case.say("What is this?", "a cup")
+
+
+@bad(r"sample 0 .* has <image> in 2 turns and one image")
+def an_image_place_in_the_answer(case):
+    return case.say("<image>\nWhat is this?", "an <image>")
+
+
+@bad(r"has <image> but no image")
+def a_place_without_an_image(case):
+    return case.sample(image=None)
+
+
+@bad(r"1 of \d+ images are not in .*images, the first: gone.png; check --image_folder")
+def an_image_that_is_not_there(case):
+    return case.sample(image="gone.png")
+
+
+@bad(r"escape.png|\.\.")
+def an_image_outside_its_folder(case):
+    return case.sample(image="../escape.png")
+
+
+@bad(r"cannot read image .*broken.png")
+def an_image_that_is_none(case):
+    (case.images / "broken.png").write_text("no image")
+    case.samples([conversation(n, "a cup", "broken.png") for n in range(4)])
+    return case.train()
+
+
+@bad(r"sample 0 \(s0\): no token of an answer .* so nothing can be learned")
+def an_empty_answer(case):
+    return case.say("<image>\nWhat is this?", "")
+
+
+@bad(r"sample 0 \(s0\): its answer begins at row \d+, behind --model_max_length 12: raise it or shorten the sample")
+def an_answer_behind_the_longest_length(case):
+    case.samples([conversation(n, "a cup", sorted(p.name for p in IMAGES.iterdir())[0]) for n in range(8)])
+    return case.train("--model_max_length", 12, "--version", "plain")
+
+
+@bad(r"sample 0 .*turn")
+def two_questions_in_a_row(case):
+    turn = {"from": "human", "value": "<image>\nWhat?"}
+    return case.sample(conversations=[turn, turn | {"value": "again?"}])
+
+
+@bad(r"3 training samples do not fill one step of 4 .*lower --per_device_train_batch_size or add data")
+def fewer_samples_than_a_step(case):
+    return case.train("--limit_samples", 3)
+
+
+@bad(r"questions.jsonl")
+def a_validation_without_questions(case):
+    (case.tmp / "rows.json").write_text("[]")
+    return case.train("--val_annotations", case.tmp / "rows.json", "--val_questions", case.tmp / "questions.jsonl")
+
+
+# ---- flags ----
+
+
+@bad(r"did you mean --lora_alpha\?")
+def a_misspelt_flag(case):
+    return case.train("--lora_alfa", 8)
+
+
+@bad(r"--lora_enable: must be True or False, got 'maybe'")
+def a_truth_that_is_none(case):
+    return case.train("--lora_enable", "maybe")
+
+
+@bad(r"--mm_use_im_patch_token True is not offered: give False")
+def an_option_of_old_models(case):
+    return case.train("--mm_use_im_patch_token", "True")
+
+
+@bad(r"--image_aspect_ratio anyres .* is not offered: give pad")
+def tiles(case):
+    return case.train("--image_aspect_ratio", "anyres")
+
+
+@bad(r"--bits 4 is for frozen weights")
+def four_bits_to_be_trained(case):
+    return case.train("--bits", 4, "--lora_enable", "False")
+
+
+@bad(r"--bits 4 does not go with --deepspeed")
+def four_bits_under_deepspeed(case):
+    return case.train("--bits", 4, "--deepspeed", "scripts/zero2.json")
+
+
+@bad(r"--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other")
+def a_projector_trained_and_frozen(case):
+    return case.train("--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True")
+
+
+@bad(r"--unfreeze_mm_vision_tower goes with --lora_enable False")
+def a_tower_beside_adapters(case):
+    return case.train("--unfreeze_mm_vision_tower", "True")
+
+
+@bad(r"--fp16 needs a CUDA device")
+def float16_on_the_cpu(case):
+    return case.train("--fp16", "True")
+
+
+@bad(r"zero9.json")
+def no_deepspeed_file(case):
+    return case.train("--deepspeed", case.tmp / "zero9.json")
+
+
+@bad(r"zero3.json is of stage 3, .*take stage 2")
+def a_validation_under_stage_3(case):
+    from tests.scripts.test_llava_program import labelled_questions
+
+    return case.train("--deepspeed", "scripts/zero3.json", *labelled_questions(case.tmp), "--val_image_folder", IMAGES)
+
+
+@bad(r"--resume .*: no checkpoint folder of a run there")
+def nothing_to_resume(case):
+    return case.train("--resume_from_checkpoint", case.tmp / "nothing")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, name):
+    spoil, message = BAD[name]
+    case = Case(tmp_path)
+    argv = spoil(case)
+    before = tree(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        run(lambda: program(*argv))
+    line = the_error_line(capsys.readouterr().err)
+    assert left.value.code == 2, line
+    assert re.search(message, line), line
+    after = tree(tmp_path)
+    if name in MET_IN_A_STEP:  # by then the run has begun
+        after.pop(str(case.output / "run.json"))
+    assert after == before
