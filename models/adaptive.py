@@ -209,32 +209,75 @@ def _choose(gate: Tensor, rows: tuple[Tensor, Tensor], one: Branch, other: Branc
         return one(*inputs)
     if not training and len(ones) == 0:
         return other(*inputs)
-    taken = [[None if value is None else value[part] for value in inputs] for part in (ones, others)]
+    parted = [(None, None) if value is None else _Parted.apply(value, ones, others) for value in inputs]
+    mine, yours = zip(*parted, strict=True)
     if not training:
-        return _joined(one(*taken[0]), other(*taken[1]), ones, others)
+        return _joined(one(*mine), other(*yours), ones, others)
     # with no sample of its own a branch still gets gradients, of 0: all processes must have the same ones
-    ours = one(*taken[0]) if len(ones) else None
-    unused = None if len(ones) else one(*(None if value is None else value[:1] for value in inputs))
-    theirs = other(*taken[1]) if len(others) else None
+    ours = one(*mine) if len(ones) else one(*(None if value is None else value[:1] for value in inputs))[:0]
+    theirs = other(*yours) if len(others) else None
     with torch.no_grad():
-        differences = []
-        if ours is not None:
-            differences.append(ours - other(*taken[0]))
-        if theirs is not None:
-            differences.append(one(*taken[1]) - theirs)
-    chosen = _joined(ours, theirs, ones, others)
-    if unused is not None:
-        chosen = torch.cat([chosen[:1] + 0 * unused, chosen[1:]])
-    difference = _joined(*differences, ones, others) if len(differences) == 2 else differences[0]
-    return _Decided.apply(gate.reshape(-1, *(1 for _ in chosen.shape[1:])), chosen, difference)
+        ours_less_other = ours - other(*mine) if len(ones) else ours.detach()
+        one_less_theirs = None if theirs is None else one(*yours) - theirs
+    if theirs is None:
+        theirs, one_less_theirs = ours[:0].detach(), ours_less_other[:0]
+    return _Chosen.apply(gate, ours, theirs, ours_less_other, one_less_theirs, ones, others)
 
 
-def _joined(one: Tensor | None, other: Tensor | None, ones: Tensor, others: Tensor) -> Tensor:
-    """Outputs of two groups of samples in the order of the batch."""
-    if one is None or other is None:
-        return other if one is None else one
-    order = torch.cat([ones, others]).argsort()
-    return torch.cat([one, other.to(one.dtype)])[order]
+class _Parted(torch.autograd.Function):
+    """(B, ...) -> two groups of samples; the backward of plain indexing would fill and add zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ones: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ones, others)
+        return value.index_select(0, ones), value.index_select(0, others)
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, other: Tensor) -> tuple[Tensor, None, None]:
+        return _joined(one, other, *ctx.saved_tensors), None, None
+
+
+class _Chosen(torch.autograd.Function):
+    """Outputs of two groups of samples in the order of the batch, and what each decision would have changed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        ours: Tensor,
+        theirs: Tensor,
+        ours_less_other: Tensor,
+        one_less_theirs: Tensor,
+        ones: Tensor,
+        others: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(ours_less_other, one_less_theirs, ones, others)
+        ctx.gate_dtype = gate.dtype
+        return _joined(ours, theirs, ones, others)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ours_less_other, one_less_theirs, ones, others = ctx.saved_tensors
+        of_ones, of_others = gradient.index_select(0, ones), gradient.index_select(0, others)
+        of_gate = None
+        if ctx.needs_input_grad[0]:
+            products = [_dots(of_ones, ours_less_other), _dots(of_others, one_less_theirs)]
+            of_gate = _joined(*products, ones, others).to(ctx.gate_dtype)
+        return of_gate, of_ones, of_others, None, None, None, None
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot product of each sample, (B, ...) twice -> (B,)."""
+    if a.dtype != torch.float32:
+        return (a * b).flatten(1).sum(1, dtype=torch.float32)
+    # as matrices: nothing of their size is made
+    return torch.bmm(a.flatten(1)[:, None], b.to(a.dtype).flatten(1)[:, :, None]).flatten()
+
+
+def _joined(one: Tensor, other: Tensor, ones: Tensor, others: Tensor) -> Tensor:
+    """Two groups of samples in the order of the batch."""
+    whole = one.new_empty(len(ones) + len(others), *one.shape[1:])
+    return whole.index_copy_(0, ones, one).index_copy_(0, others, other.to(one.dtype))
 
 
 def _rows_of(policy: Tensor) -> list[tuple[Tensor, Tensor]] | None:
