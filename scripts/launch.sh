@@ -49,6 +49,9 @@ parser_of() {
     case ${1##*/} in
         run_beit3_finetuning.py) echo scripts.beit3_args ;;
         run_vle_vqa.py) echo scripts.vle_args ;;
+        run_llava_lora.py) echo scripts.llava_args ;;
+        main.py) echo scripts.baseline_args ;;
+        model_vqa_loader.py) echo scripts.model_vqa_loader ;;
         train_end2end.py) echo scripts.vlbert_args ;;
         test.py) echo scripts.vlbert_args:parse_test_args ;;
     esac

@@ -20,6 +20,8 @@ from models.beit3.config import beit3_config, model_names
 from models.errors import ModelError
 from scripts.beit3_args import OFFERED_TASKS, RECIPES, parse_args
 from scripts.beit3_args import build_parser as build_beit3_parser
+from scripts.llava_args import build_parser as build_llava_parser
+from scripts.model_vqa_loader import build_parser as build_evaluation_parser
 from scripts.vlbert_config import CONFIG_ROOT, SCHEMA, Key, find_config, read_config
 from scripts.vle_args import CONFIG_FOLDER, DEFAULT_CONFIG
 from scripts.vle_config import CONFIG_KEYS
@@ -27,22 +29,33 @@ from tests.citations import absent, citations_in
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-LAUNCHERS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if "\nlaunch " in path.read_text(encoding="utf-8"))
+LAUNCHERS = sorted(
+    path
+    for path in (ROOT / "scripts").glob("*.sh")
+    if re.search(r"^ *\(?launch ", path.read_text(encoding="utf-8"), re.MULTILINE)
+)
 DIST_RUN = sorted((ROOT / "scripts").glob("*dist_run*.sh"))  # these are told the program
 BATCH_SCRIPTS = sorted((ROOT / "scripts").glob("*.sbatch"))
 PARSERS = {
     "run_beit3_finetuning.py": "scripts.beit3_args:build_parser",
+    "run_llava_lora.py": "scripts.llava_args:build_parser",
     "run_vle_vqa.py": "scripts.vle_args:build_parser",
     "scripts/convert_checkpoint_after_ft.py": "scripts.convert_checkpoint_after_ft:build_parser",
+    "scripts/convert_vizwiz_for_submission.py": "scripts.convert_vizwiz_for_submission:build_parser",
     "scripts/write_vqa.py": "scripts.write_vqa:build_parser",
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
     "scripts/format_dataset_for_llava.py": "scripts.format_dataset_for_llava:build_parser",
+    "scripts/format_result_for_submission.py": "scripts.format_result_for_submission:build_parser",
+    "scripts/main.py": "scripts.baseline_args:build_parser",
     "scripts/merge_lora_weights.py": "scripts.merge_lora_weights:build_parser",
+    "scripts/model_vqa_loader.py": "scripts.model_vqa_loader:build_parser",
     "scripts/make_caption_report.py": "scripts.make_caption_report:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
+    "scripts/make_tiny_llava.py": "scripts.make_tiny_llava:build_parser",
+    "scripts/make_vizwiz_report.py": "scripts.make_vizwiz_report:build_parser",
     "scripts/pack_box_features.py": "scripts.pack_box_features:build_parser",
     "scripts/score_captions.py": "scripts.score_captions:build_parser",
     "scripts/train_sentencepiece.py": "scripts.train_sentencepiece:build_parser",
@@ -94,7 +107,7 @@ def inline_commands_of(path: Path) -> Iterator[str]:
     """Commands in back-quotes that name a program of ours with its flags, without an ellipsis."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`([^`\n]+)`", text):
-        if re.match(r"(python3?|torchrun|bash) [\w/]+\.(py|sh)|torchrun \S", code) and "..." not in code:
+        if re.match(r"(python3?|torchrun|bash|source) [\w/]+\.(py|sh)|torchrun \S", code) and "..." not in code:
             yield code
 
 
@@ -127,7 +140,9 @@ def check_command(command: str) -> None:
     program, *rest = words
     if program in OTHER_PROGRAMS:
         return
-    if program == "bash":
+    if program == "source":  # into the user's own shell: only the script that is made for it
+        assert rest[:1] == ["scripts/main.sh"], f"{command!r} sources something else"
+    if program in ("bash", "source"):
         check_script(rest, environment)
         return
     if program.startswith("./scripts/"):
@@ -196,7 +211,10 @@ def check_script(words: list[str], environment: dict[str, str]) -> None:
             timeout=60,
         )
         assert printed.returncode == 0, printed.stderr
-        check_command(printed.stdout)
+        commands = printed.stdout.splitlines()
+        assert commands, f"{script} would run nothing"
+        for command in commands:
+            check_command(command)
     elif arguments:
         head = path.read_text(encoding="utf-8").split("\nset -", 1)[0]
         assert arguments[0] in head or script == "scripts/test.sh", f"{script} does not document {arguments[0]}"
@@ -248,6 +266,12 @@ def test_a_launcher_without_arguments_runs_a_command_that_parses(script):
         "bash scripts/dist_run_multi.sh 2 2 first 8 run_beit3_finetuning.py --task vqav2",
         "./scripts/dist_run_multi.sh 2 0 first 8 run_beit3_finetuning.py --task vqav2 --no_such_flag",
         "bash scripts/dist_run_single.sh 8 no_such_program.py",
+        "bash scripts/main.sh --no_such_flag",
+        "source scripts/main.sh --no_such_flag",
+        "EVAL_FLAGS=--no_such_flag bash scripts/main.sh",
+        "MERGED_DIR=merged FORMAT_FLAGS=--no_such_flag bash scripts/main.sh",
+        "source scripts/prediction.sh",
+        "python run_llava_lora.py --lora_alfa 16",
         "sbatch scripts/slurm_train.sbatch run_beit3_finetuning.py --task vqav2 --no_such_flag",
         "sbatch --no-such-option=1 scripts/slurm_train.sbatch run_beit3_finetuning.py --task vqav2",
         "sbatch scripts/slurm_train.sbatch",
@@ -285,6 +309,29 @@ def test_the_flag_table_of_the_family_page_is_complete_and_true():
     documented = re.findall(r"`(--[\w-]+)`", table)
     assert len(documented) == len(set(documented))
     assert {*documented, "-h", "--help"} == {name for action in visible_actions() for name in action.option_strings}
+
+
+def test_the_tables_of_llavas_page_hold_every_flag_once_and_the_defaults():
+    page = (ROOT / "docs/llava.md").read_text(encoding="utf-8").split("\n## Flags\n", 1)[1].split("\n## ", 1)[0]
+    recipe, groups = page.split("\n| group | flags |\n", 1)
+    actions = [action for action in build_llava_parser()._actions if action.option_strings]
+    documented = re.findall(r"`(--[\w-]+)`", groups.split("\n\n", 1)[0])
+    assert len(documented) == len(set(documented))
+    assert {*documented, "-h", "--help"} == {name for action in actions for name in action.option_strings}
+    shown = dict(re.findall(r"^\| `--(\w+)` \| `(.*?)` \|", recipe, re.MULTILINE))
+    assert len(shown) > 10
+    defaults = {action.dest: action.default for action in actions}
+    assert {name: str(defaults[name]) for name in shown} == shown
+
+
+def test_the_flag_table_of_llavas_evaluation_is_complete_and_true():
+    page = (ROOT / "docs/llava.md").read_text(encoding="utf-8").split("\n## Evaluation\n", 1)[1].split("\n## ", 1)[0]
+    rows = dict(re.findall(r"^\| `--([\w-]+)` \| (.*?) ?\|", page, re.MULTILINE))
+    actions = [action for action in build_evaluation_parser()._actions if action.option_strings]
+    flags = {action.option_strings[0].removeprefix("--"): action.default for action in actions}
+    assert rows.keys() == flags.keys() - {"-h", "local_rank", "no_auto_resume"}
+    for name, cell in rows.items():
+        assert cell == ("" if flags[name] is None or flags[name] is False else f"`{flags[name]}`"), name
 
 
 def test_a_flag_without_effect_is_reported(tmp_path):
@@ -406,7 +453,10 @@ def test_source_files_that_are_named_exist(path):
     for name in re.findall(rooms, path.read_text(encoding="utf-8")):
         name = name.rstrip(".")
         if name.endswith((".py", ".md", ".sh", ".sbatch")) or (
-            name.endswith("/") and not name.startswith(("data/vqav2", "data/coco"))
+            name.endswith("/")
+            and not name.startswith(
+                ("data/vqav2", "data/coco", "data/train/", "data/valid/", "data/val/", "data/test/")
+            )
         ):
             assert (ROOT / name).exists(), f"{path.name} names {name}"
 
