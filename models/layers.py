@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.onednn_attention import is_worthwhile, onednn_attention
+
 
 def attention(
     q: Tensor,
@@ -43,6 +45,8 @@ def attention(
         raise ValueError("attention takes a mask or is_causal, not both: put the causal part into the mask")
     if q.shape[-2] == 0:
         return q
+    if dropout == 0 and not is_causal and is_worthwhile(q, k, mask):
+        return onednn_attention(q, k, v, mask, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout, scale=scale)
 
 

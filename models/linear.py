@@ -32,9 +32,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def has_onednn() -> bool:
+    """Whether ``onednn_product`` works in this build of torch."""
+    return _ONEDNN_LINEAR is not None
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X weight^T + bias, (..., in) with (out, in) -> (..., out), float32 on the CPU, without gradients.
+
+    ``weight`` must be dense or the transpose of a dense matrix, else oneDNN is 1000 x slower.
+    """
+    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+
+
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        _ONEDNN_LINEAR is not None
+        has_onednn()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= _MIN_PRODUCTS_FOR_ONEDNN
@@ -46,8 +59,7 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
 # an operator of its own, because torch.compile knows oneDNN's only with constant weights
 @torch.library.custom_op("plainvl::onednn_linear", mutates_args=())
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X weight^T + bias; ``weight`` must be dense or the transpose of a dense matrix, else oneDNN is 1000 x slower."""
-    return _ONEDNN_LINEAR(x, weight, bias, "none", [], "").contiguous()
+    return onednn_product(x, weight, bias).contiguous()
 
 
 @_onednn_linear.register_fake
