@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 2. base, adapters, data ----
     folder = build_for_training(args, dtype, device)
-    train_loader = llava_training.train_loader(args, folder, device=device)
     validate, val_loader = llava_training.validation(args, folder, device=device, dtype=dtype)
+    train_loader = llava_training.train_loader(args, folder, device=device, dtype=dtype)
     torch.manual_seed(args.seed + distributed.rank())
 
     # ---- 3. train ----

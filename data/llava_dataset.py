@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.files import check_relative, read_json
 from data.image_reader import ImageReader
 from data.llava_conversation import Encoded, Template, Turn, collate, encode_conversation
+from data.llava_features import FeatureReader
 from data.llava_sampler import words_of
 from data.tokenizers.llama import IMAGE_TOKEN, LlamaTokenizer
 
@@ -84,7 +85,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 @dataclass(frozen=True)
 class LlavaSample:
-    """ids and labels, and (3, S, S) uint8 pixels; black for text alone."""
+    """ids and labels, and (3, S, S) uint8 pixels, black for text alone; or features in their place."""
 
     sample_id: int
     encoded: Encoded
@@ -115,8 +116,10 @@ class LlavaDataset:
             image_size: side in pixels.
             max_length: most tokens of a sample.
         """
-        self._samples, self._images, self._tokenizer, self._template = samples, images, tokenizer, template
-        self._image_size, self._max_length = image_size, max_length
+        self._samples, self._tokenizer, self._template = samples, tokenizer, template
+        self._images: ImageReader | FeatureReader = images
+        self._blank = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
+        self._max_length = max_length
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -127,6 +130,10 @@ class LlavaDataset:
         return [
             words_of({"value": text} for _, text in s.turns) * (-1 if s.image is None else 1) for s in self._samples
         ]
+
+    def use_features(self, features: FeatureReader) -> None:
+        """Give the features of the images in place of pixels from now on, and read no image."""
+        self._images, self._blank = features, features.blank()
 
     def sample(self, index: int, rng: np.random.Generator) -> LlavaSample:
         """Encode sample ``index`` and read its image.
@@ -145,7 +152,7 @@ class LlavaDataset:
             max_length=self._max_length,
             where=where,
         )
-        image, error = torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8), ""
+        image, error = self._blank, ""
         if sample.image is not None:
             image, error = self._images.read(sample.image, rng, where)
         return LlavaSample(index, encoded, image, error)
@@ -154,14 +161,19 @@ class LlavaDataset:
 class LlavaCollate:
     """Joins samples into a batch."""
 
-    def __init__(self, pad_id: int, max_length: int) -> None:
-        """Longer samples are cut."""
-        self._pad_id, self._max_length = pad_id, max_length
+    def __init__(self, pad_id: int, max_length: int, *, image_key: str = "image") -> None:
+        """Longer samples are cut; ``image_key``: ``image``, or ``features`` if they stand in the pixels' place."""
+        self._pad_id, self._max_length, self._image_key = pad_id, max_length, image_key
 
     def __call__(self, samples: list[LlavaSample]) -> dict[str, Any]:
-        """``ids``, ``labels``, ``mask`` (B, T); ``image`` (B, 3, S, S) uint8; ``sample_id``; what was replaced."""
+        """Joined samples.
+
+        Returns:
+            ``ids``, ``labels``, ``mask`` (B, T); ``image`` (B, 3, S, S) uint8 or ``features`` (B, P, C); ``sample_id``;
+            what was replaced.
+        """
         batch: dict[str, Any] = collate([sample.encoded for sample in samples], self._pad_id, self._max_length)
-        batch["image"] = torch.stack([sample.image for sample in samples])
+        batch[self._image_key] = torch.stack([sample.image for sample in samples])
         batch["sample_id"] = [sample.sample_id for sample in samples]
         batch["images_replaced"] = sum(bool(sample.image_error) for sample in samples)
         batch["image_errors"] = [sample.image_error for sample in samples if sample.image_error]

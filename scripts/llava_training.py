@@ -29,6 +29,7 @@ from models.llava.llava import LlavaForCausalLM
 from models.llava.splice import IMAGE_PLACE
 from models.quantized import QuantizedWeight
 from scripts import llava_vqa
+from scripts.llava_feature_cache import cached_features
 from scripts.llava_folder import LlavaFolder
 from scripts.loaders import build_loader
 
@@ -36,11 +37,17 @@ BEST_METRIC = "accuracy"
 Validate = Callable[[nn.Module, EvalLoader, int], dict[str, float]]
 
 
-def train_loader(args: argparse.Namespace, folder: LlavaFolder, *, device: torch.device) -> TrainLoader:
+def train_loader(
+    args: argparse.Namespace, folder: LlavaFolder, *, device: torch.device, dtype: torch.dtype | None
+) -> TrainLoader:
     """Every sample of ``--data_path``, checked from the first to the last before any step.
 
+    ``dtype`` is that of autocast, for the features of ``--feature_cache``.
+
     Raises:
-        DataError: a broken file or sample, images that are not there, or too few samples for a step.
+        DataError: a broken file or sample, images that are not there, too few samples for a step, or a feature cache
+            that does not fit.
+        RunError: no room for the features.
     """
     samples = read_conversations(args.data_path)[: args.limit_samples]
     if not args.skip_broken_images:
@@ -71,7 +78,14 @@ def train_loader(args: argparse.Namespace, folder: LlavaFolder, *, device: torch
             world_size=distributed.world_size(),
             seed=args.seed,
         )
-    collate = LlavaCollate(folder.model.config.text.pad_token_id, args.model_max_length)
+    features = None
+    if args.feature_cache:  # may take long: after all that can be wrong with the samples
+        names = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))
+        features = cached_features(args, folder, names, reader, device=device, dtype=dtype)
+    if features is not None:
+        dataset.use_features(features)
+    key = "image" if features is None else "features"
+    collate = LlavaCollate(folder.model.config.text.pad_token_id, args.model_max_length, image_key=key)
     return build_loader(args, dataset, collate, train=True, device=device, sampler=sampler)
 
 
@@ -135,8 +149,9 @@ def training_loss(folder: LlavaFolder) -> Callable[[nn.Module, dict[str, Any], i
 
 def loss_fn(model: LlavaForCausalLM, batch: dict[str, Any], step: int, *, images: CLIPImageSettings) -> dict[str, Any]:
     """Cross entropy of the answers' words, mean over those of the micro-batch (``step`` is not used)."""
-    pixels = normalize(batch["image"], images)
-    scored = model(batch["ids"], pixels, mask=batch["mask"], labels=batch["labels"])
+    features = batch.get("features")
+    pixels = normalize(batch["image"], images) if features is None else None
+    scored = model(batch["ids"], pixels, features=features, mask=batch["mask"], labels=batch["labels"])
     return {"loss": scored.loss, "images_replaced": batch["images_replaced"]}
 
 

@@ -67,7 +67,8 @@ class LlavaForCausalLM(nn.Module):
         trained = any(parameter.requires_grad for parameter in self.tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.tower(pixels)
-        return features if self.config.mm_vision_select_feature == "cls_patch" else features[:, 1:]
+        # dense, as features that come from elsewhere are: the last bit of the projector's sums depends on it
+        return features if self.config.mm_vision_select_feature == "cls_patch" else features[:, 1:].contiguous()
 
     def image_vectors(self, features: Tensor) -> Tensor:
         """(I, P, C) features of the tower -> (I, P, D)."""
