@@ -12,11 +12,7 @@ checked first. Memory is what autograd keeps for the backward pass, in tensors t
 """
 
 import argparse
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.measure import in_turns
+from benchmarks.rows import Result, Row, load_average, write_result
 from models.adaptive import sample_policy
 from models.losses import vqa_loss
 from models.vlbert.encoder import EncoderConfig
@@ -38,19 +36,22 @@ MAX_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 1e-4, 1e-2
 NUDGE = 1e-6  # beside 0 and 1: no decision any more, so both branches are computed and mixed
 
 
-def build(strategy: str, num_outputs: int = NUM_ANSWERS, **sizes: int) -> VLBertForVQA:
-    """A base model with random weights and visual input."""
+def build(args: argparse.Namespace, strategy: str, num_outputs: int = NUM_ANSWERS, **sizes: int) -> VLBertForVQA:
+    """A model with random weights and visual input."""
+    width = args.width
+    sizes = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width} | sizes
     encoder = EncoderConfig(strategy=strategy, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
     scale = {"visual_scale_text_init": 1.0, "visual_scale_object_init": 1.0}
-    model = VLBertForVQA(VLBertConfig(encoder=encoder, vocab_size=VOCABULARY, **scale), num_outputs)
+    config = VLBertConfig(encoder=encoder, vocab_size=VOCABULARY, visual_size=width, **scale)
+    model = VLBertForVQA(config, num_outputs)
     model.image_feature_extractor.obj_downsample[0].p = 0.0
-    return model
+    return model.to(args.device)
 
 
-def policy_network(model: VLBertForVQA) -> VLBertForVQA:
+def policy_network(args: argparse.Namespace, model: VLBertForVQA) -> VLBertForVQA:
     """The small model that decides for another one."""
     decisions = model.config.encoder.num_decisions
-    return build("standard", 2 * decisions, num_hidden_layers=POLICY_LAYERS, intermediate_size=POLICY_INNER)
+    return build(args, "standard", 2 * decisions, num_hidden_layers=POLICY_LAYERS, intermediate_size=POLICY_INNER)
 
 
 def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,18 +61,18 @@ def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     boxes = torch.cat([corners, torch.rand(args.batch_size, args.regions, FEATURE_SIZE)], dim=-1)
     sizes = torch.full((args.batch_size, 2), 600.0)
     question = torch.randint(1000, VOCABULARY, (args.batch_size, args.words))
-    return boxes, sizes, question
+    return boxes.to(args.device), sizes.to(args.device), question.to(args.device)
 
 
 def measure_inference(args: argparse.Namespace) -> dict[str, float]:
     """Standard, and BlockDrop with its policy network, in turns."""
     torch.manual_seed(0)
-    model, batch = build("BlockDrop").eval(), batch_of(args)
-    standard, decider = build("standard").eval(), policy_network(model).eval()
+    model, batch = build(args, "BlockDrop").eval(), batch_of(args)
+    standard, decider = build(args, "standard").eval(), policy_network(args, model).eval()
     standard.load_state_dict(model.state_dict())
     num_layers = model.config.encoder.num_hidden_layers
     order = torch.rand(args.batch_size, num_layers).argsort(dim=1)
-    policy = (order < args.blocks).float()
+    policy = (order < args.blocks).float().to(args.device)
     slow = model(*batch, policy).detach()  # with gradients every layer runs
 
     def adaptive() -> Tensor:
@@ -84,22 +85,22 @@ def measure_inference(args: argparse.Namespace) -> dict[str, float]:
             return standard(*batch)
 
     difference = (adaptive() - slow).abs().max().item()
-    if difference > MAX_DIFFERENCE:
-        raise SystemExit(f"bench_adaptive: error: outputs differ by {difference:.1e}")
-    times = _in_turns(args.rounds, {"adaptive": adaptive, "standard": plain})
+    if not difference <= MAX_DIFFERENCE:
+        raise SystemExit(f"error: outputs differ by {difference:.1e}")
+    times = in_turns({"adaptive": adaptive, "standard": plain}, args.rounds, args.device)
     return {"difference": difference, **times, "share": times["adaptive"] / times["standard"]}
 
 
 def measure_training(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """A step of the standard model, and of each strategy with its policy network in both ways, in turns."""
     torch.manual_seed(0)
-    batch, targets = batch_of(args), torch.rand(args.batch_size, NUM_ANSWERS)
-    standard = build("standard").train()
+    batch, targets = batch_of(args), torch.rand(args.batch_size, NUM_ANSWERS).to(args.device)
+    standard = build(args, "standard").train()
     sides = {"standard": _stepper([standard], lambda: standard(*batch), targets)}
     kept = {"standard": _kept_mib(lambda: standard(*batch))}
     for strategy in args.strategies:
-        model = build(strategy).train()
-        decider = policy_network(model).train()
+        model = build(args, strategy).train()
+        decider = policy_network(args, model).train()
         _check_gradients(model, batch, targets)
 
         def forward(nudge: float, model: VLBertForVQA = model, decider: VLBertForVQA = decider) -> Tensor:
@@ -109,7 +110,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for name, nudge in ((strategy, 0.0), (f"{strategy}, plain", NUDGE)):
             sides[name] = _stepper([model, decider], lambda nudge=nudge, forward=forward: forward(nudge), targets)
             kept[name] = _kept_mib(lambda nudge=nudge, forward=forward: forward(nudge))
-    times = _in_turns(args.rounds, sides)
+    times = in_turns(sides, args.rounds, args.device)
     return {name: {"seconds": times[name], "kept_mib": kept[name]} for name in sides}
 
 
@@ -119,7 +120,8 @@ def _check_gradients(model: VLBertForVQA, batch: tuple[Tensor, Tensor, Tensor], 
         for name, parameter in model.named_parameters():
             if "parallel_" in name:
                 parameter += torch.randn_like(parameter) * 0.01
-    chosen = torch.rand(len(targets), model.config.encoder.num_decisions).round()
+    chosen = torch.rand(len(targets), model.config.encoder.num_decisions, device=targets.device).round()
+    chosen[0] = 1  # the block that is compared is trained, however small the batch
     found = []
     for nudge in (0.0, NUDGE):
         policy = (chosen * (1 - 2 * nudge) + nudge).requires_grad_()
@@ -129,8 +131,8 @@ def _check_gradients(model: VLBertForVQA, batch: tuple[Tensor, Tensor, Tensor], 
         found.append((policy.grad, first))
     for one, other in zip(*found, strict=True):
         difference = ((one - other).abs().max() / other.abs().max()).item()
-        if difference > MAX_GRADIENT_DIFFERENCE:
-            raise SystemExit(f"bench_adaptive: error: gradients differ by {difference:.1e}")
+        if not difference <= MAX_GRADIENT_DIFFERENCE:
+            raise SystemExit(f"error: gradients differ by {difference:.1e}")
     model.train().zero_grad()
 
 
@@ -176,16 +178,6 @@ def _parameters_in(out: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _in_turns(rounds: int, sides: dict[str, Callable[[], object]]) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first one warms up
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -193,6 +185,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--regions", type=int, default=37)
     parser.add_argument("--words", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=4, help="layers that each sample keeps, of twelve")
+    parser.add_argument("--width", type=int, default=768, help="of the network, a multiple of 64")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--strategies", nargs="+", default=["SpotTune", "SpotTune_Block", "BlockDrop"])
@@ -201,29 +195,46 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Result:
     """Measure and print."""
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0]
-    row = {"inference": measure_inference(args)}
-    found = row["inference"]
+    load, setting = load_average(), f"width {args.width}, batch {args.batch_size}, {args.regions} regions, float32"
+    found = measure_inference(args)
+    details: dict[str, object] = {"inference": found}
     print(
-        f"base, batch {args.batch_size}, {args.regions} regions, float32, CPU\n"
+        f"{setting}, {args.device}\n"
         f"  inference: standard {found['standard']:.4g} s, BlockDrop with {args.blocks} of 12 blocks and its policy "
         f"{found['adaptive']:.4g} s, {found['share']:.2f} of it; outputs within {found['difference']:.1e}"
     )
+    what, check = f"BlockDrop, {args.blocks} of 12 blocks: inference", f"outputs within {found['difference']:.1e}"
+    rows = [Row("steps", what, setting, found["adaptive"], "Standard", found["standard"], check)]
     if not args.no_training:
-        row["training"] = measure_training(args)
-        base = row["training"]["standard"]
-        for name, found in row["training"].items():
+        training = details["training"] = measure_training(args)
+        base = training["standard"]
+        for name, found in training.items():
             seconds, kept = found["seconds"], found["kept_mib"]
             slower, more = seconds / base["seconds"], kept / base["kept_mib"]
             print(f"  training step, {name}: {seconds:.3g} s ({slower:.2f} times), {kept:.0f} MiB ({more:.2f} times)")
-    print(f"  load average {load:.1f} before, {os.getloadavg()[0]:.1f} after")
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "setting": setting, "row": row}, indent=2) + "\n")
+        rows += training_rows(args, training, setting)
+    print(f"  load average {load:.1f} before, {load_average():.1f} after")
+    return write_result(args.json, Result(rows, details=details), vars(args))
+
+
+def training_rows(args: argparse.Namespace, training: dict[str, dict[str, float]], setting: str) -> list[Row]:
+    """Each strategy beside the recipe that computes both branches, and beside Standard."""
+    rows = []
+    for strategy in args.strategies:
+        ours, base = training[strategy], training["standard"]
+        peers = (("plain two branches", training[f"{strategy}, plain"]), ("Standard", base))
+        for name, peer in peers:
+            row = Row(
+                "steps", f"{strategy}: train step, beside {name}", setting, ours["seconds"], name, peer["seconds"]
+            )
+            row.check = "same gradients" if peer is not base else "another network: the price of the method"
+            row.ours_mib, row.peer_mib = ours["kept_mib"], peer["kept_mib"]
+            rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.rows import Result, Row, write_result
 from data.box_features import FEATURE_SIZE, JSONRegions, PackedRegions, Regions, pack, write_json
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Result:
     """Draw, pack, check, measure, print."""
     args = build_parser().parse_args(argv)
     rng = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             if not all(
                 np.array_equal(getattr(one, name), getattr(other, name)) for name in ("boxes", "features", "whole")
             ):
-                raise SystemExit(f"bench_boxes: error: image {image_id} differs")
+                raise SystemExit(f"error: image {image_id} differs")
         times: dict[str, list[float]] = {name: [] for name in sources}
         for _ in range(args.rounds):
             order = rng.permutation(args.images).tolist()
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.images} images, {total / args.images:.0f} regions each: JSON {1e3 * found['json']:.3g} ms an image, "
         f"packed {1e3 * found['packed']:.3g} ms, ratio {found['json'] / found['packed']:.1f}; equal numbers"
     )
+    setting = f"{args.images} images of {total / args.images:.0f} regions, one thread, files in memory"
+    row = Row("data", "VL-BERT: regions of an image", setting, found["packed"], "JSON with base64", found["json"])
+    row.check = "equal numbers"
+    return write_result(args.json, Result([row]), vars(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 
 

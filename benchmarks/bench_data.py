@@ -28,6 +28,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from benchmarks.measure import is_installed
+from benchmarks.rows import NOT_INSTALLED, Result, Row, write_result
+from data.clip_images import CLIPImageSettings, CLIPTransform
+from data.clip_images import normalize as clip_normalize
 from data.images import load_image
 from data.randaugment import POLICY_OPS, RandAugment, apply_op
 from data.transforms import EvalTransform, TrainTransform, draw_crop, normalize
@@ -38,6 +42,7 @@ except ImportError:
     cv2 = None
 
 TO_FLOAT = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+MAX_CLIP_DIFFERENCE = 1e-5
 KERNEL = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
@@ -229,13 +234,57 @@ def build_samples(size: int, policy: RandAugment, photo: Path) -> dict[str, tupl
     return samples
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table and one JSON line."""
+def clip_ours(size: int) -> Callable:
+    """Images as VLE and LLaVA take them, uint8 out."""
+    transform = CLIPTransform(CLIPImageSettings().resized(size))
+    return lambda path, rng: transform(load_image(path))
+
+
+def clip_peer(size: int) -> Callable:
+    """transformers' processor behind Pillow, float32 out."""
+    from transformers import CLIPImageProcessorPil
+
+    sides = {"height": size, "width": size}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=sides, resample=3)
+    return lambda path, rng: processor(peer_load(path))["pixel_values"][0]
+
+
+def check_clip(paths: list[Path], size: int) -> float:
+    """Largest difference of the numbers that reach the model."""
+    peer, ours, settings, worst = clip_peer(size), clip_ours(size), CLIPImageSettings().resized(size), 0.0
+    for path in paths:
+        expected = torch.as_tensor(np.asarray(peer(path, None)))
+        worst = max(worst, (expected - clip_normalize(ours(path, None)[None], settings)[0]).abs().max().item())
+    return worst
+
+
+def rows_of(results: dict[str, dict], setting: str, check: str | None, clip_check: str | None) -> list[Row]:
+    """Whole pipelines, seconds of CPU time an image; no check: the peer is not installed.
+
+    Single stages and operations stay in the details.
+    """
+    rows = []
+    for name, what in (("train", "training image"), ("eval", "evaluation image"), ("clip", "CLIP image (VLE, LLaVA)")):
+        ours, peer = (results[name][f"{who}_ms"] / 1000 for who in ("ours", "peer"))
+        peer_name, found = ("transformers", clip_check) if name == "clip" else ("original's recipe", check)
+        rows.append(Row("data", what, setting, ours, peer_name, None if found is None else peer, found or ""))
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=480, help="side of the model's input in pixels")
     parser.add_argument("--num_images", type=int, default=64, help="files drawn, and images per round")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one to warm up")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn files")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Measure, print a table and one JSON line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     for name in ("size", "num_images", "rounds"):
         if getattr(args, name) < 1:
@@ -250,13 +299,22 @@ def main(argv: list[str] | None = None) -> None:
         kilobytes = [path.stat().st_size / 1000 for path in paths]
         difference = check_equal(paths, args.size, policy)
         if difference > 0 and (cv2 is None or int(cv2.__version__.split(".")[0]) < 5):
-            raise RuntimeError(f"the peer and our exact mode differ by {difference}: the comparison would be void")
-        results = compare(build_samples(args.size, policy, paths[0]), paths, args.rounds)
+            raise SystemExit(f"error: the peer and our exact mode differ by {difference}: the comparison would be void")
+        samples = build_samples(args.size, policy, paths[0])
+        samples["clip"], clip_check = (clip_ours(args.size),) * 2, None
+        if is_installed("transformers"):
+            clip_difference = check_clip(paths, args.size)
+            if not clip_difference <= MAX_CLIP_DIFFERENCE:
+                raise SystemExit(f"error: CLIP's images differ by {clip_difference:.1e}")
+            samples["clip"] = (clip_peer(args.size), clip_ours(args.size))
+            clip_check = f"pixels within {clip_difference:.0e}" if clip_difference else "equal pixels"
+        else:
+            print(f"{NOT_INSTALLED}: transformers")
+        results = compare(samples, paths, args.rounds)
 
     opencv = cv2.__version__ if cv2 is not None else "none: our own operations stand in for the peer's"
-    print(
-        f"{args.num_images} JPEG files of {min(kilobytes):.0f} to {max(kilobytes):.0f} KB, size {args.size}, one thread"
-    )
+    files = f"{args.num_images} JPEG files of {min(kilobytes):.0f} to {max(kilobytes):.0f} KB"
+    print(f"{files}, size {args.size}, one thread")
     print(f"OpenCV of the peer: {opencv}; largest difference of our exact mode to the peer: {difference:g}")
     print(f"{'ms per image: median, best':38}{'peer':>16}{'ours':>16}{'ratio':>14}{'images/s':>16}")
     for name, row in results.items():
@@ -273,6 +331,11 @@ def main(argv: list[str] | None = None) -> None:
         "results": {name: {key: round(value, 4) for key, value in row.items()} for name, row in results.items()},
     }
     print(json.dumps(summary))
+    check = "exact mode: equal pixels" if difference == 0 else f"exact mode: pixels within {difference:.0e}"
+    if cv2 is None:
+        check = None  # half of the peer is ours
+    rows = rows_of(results, f"{files} to {args.size} px, one thread, CPU time", check, clip_check)
+    return write_result(args.json, Result(rows, details=summary), vars(args))
 
 
 if __name__ == "__main__":

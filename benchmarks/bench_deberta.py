@@ -8,12 +8,7 @@ attention in eager torch alone. Forward, and forward with backward, in turns; me
 """
 
 import argparse
-import contextlib
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.measure import autocast, in_turns, is_installed
+from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
 from models.loading import load_weights
 from models.vle.config import VLETextConfig
 from models.vle.deberta import DebertaV2
 
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 OPTIONS = {
@@ -45,21 +43,14 @@ OPTIONS = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.2}
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """Both sides in turns; medians over the rounds."""
-    from transformers import DebertaV2Config, DebertaV2Model
-
     torch.manual_seed(0)
     values = OPTIONS | SIZES[args.size]
-    ours = DebertaV2(VLETextConfig.from_dict(values, "bench"))
-    peer = DebertaV2Model(DebertaV2Config(**{key: value for key, value in values.items() if key != "model_type"}))
-    state = {name: value for name, value in peer.state_dict().items() if not name.endswith("position_ids")}
-    load_weights(ours, state)
-    ours, peer = ours.to(args.device).train(), peer.to(args.device).train()
+    models = {"ours": DebertaV2(VLETextConfig.from_dict(values, "bench")).to(args.device).train()}
     ids = torch.randint(4, values["vocab_size"], (args.batch_size, args.tokens), device=args.device)
     mask = None
     if args.padded:
@@ -67,52 +58,44 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         lengths[0] = args.tokens
         mask = (torch.arange(args.tokens, device=args.device) < lengths).long()
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    context = (
-        contextlib.nullcontext if args.dtype == "float32" else lambda: torch.autocast(args.device, DTYPES[args.dtype])
-    )
+    outputs: dict[str, Callable[[], Tensor]] = {"ours": lambda: models["ours"](ids, mask)}
+    if is_installed("transformers"):
+        models["peer"] = build_peer(models["ours"], values).to(args.device).train()
+        look = torch.ones_like(ids) if mask is None else mask
+        outputs["peer"] = lambda: models["peer"](ids, attention_mask=look).last_hidden_state
+    else:
+        print(f"{NOT_INSTALLED}: transformers", flush=True)
 
-    def our_output() -> Tensor:
-        with context():
-            return ours(ids, mask)
+    def run(name: str, backward: bool) -> Tensor:
+        with torch.set_grad_enabled(backward), autocast(args.device, args.dtype):
+            tokens = outputs[name]()[valid].float()
+        if backward:
+            models[name].zero_grad(set_to_none=True)
+            tokens.square().mean().backward()
+        return tokens
 
-    def peer_output() -> Tensor:
-        with context():
-            return peer(ids, attention_mask=torch.ones_like(ids) if mask is None else mask).last_hidden_state
-
-    with torch.no_grad():
-        difference = (our_output().float() - peer_output().float())[valid].abs().max().item()
-    if difference > MAX_DIFFERENCE[args.dtype]:
-        raise SystemExit(f"bench_deberta: error: outputs differ by {difference:.1e}")
-    row: dict[str, object] = {"difference": difference, "load_before": os.getloadavg()[0]}
+    row: dict[str, object] = {"load_before": load_average()}
+    if "peer" in models:
+        row["difference"] = (run("ours", False) - run("peer", False)).abs().max().item()
+        if not row["difference"] <= MAX_DIFFERENCE[args.dtype]:
+            raise SystemExit(f"error: outputs differ by {row['difference']:.1e}")
     for what, backward in (("forward", False), ("step", True)):
-        times: dict[str, list[float]] = {"ours": [], "peer": []}
-        for _ in range(args.rounds + 1):
-            for name, model, output in (("ours", ours, our_output), ("peer", peer, peer_output)):
-                times[name].append(_timed(args.device, lambda m=model, o=output, b=backward: _pass(m, o, valid, b)))
-        for name, seconds in times.items():
-            row[f"{name}_{what}_s"] = statistics.median(seconds[1:])  # the first one warms up
-        row[f"{what}_ratio"] = row[f"peer_{what}_s"] / row[f"ours_{what}_s"]
-    row["load_after"] = os.getloadavg()[0]
+        sides = {name: lambda name=name, backward=backward: run(name, backward) for name in models}
+        for name, seconds in in_turns(sides, args.rounds, args.device).items():
+            row[f"{name}_{what}_s"] = seconds
+        if "peer" in models:
+            row[f"{what}_ratio"] = row[f"peer_{what}_s"] / row[f"ours_{what}_s"]
+    row["load_after"] = load_average()
     return row
 
 
-def _pass(model: torch.nn.Module, output: Callable[[], Tensor], valid: Tensor, backward: bool) -> None:
-    if not backward:
-        with torch.no_grad():
-            output()
-        return
-    model.zero_grad(set_to_none=True)
-    output()[valid].float().square().mean().backward()
+def build_peer(ours: DebertaV2, values: dict[str, object]) -> torch.nn.Module:
+    """transformers' model; both get its weights."""
+    from transformers import DebertaV2Config, DebertaV2Model
 
-
-def _timed(device: str, work: Callable[[], None]) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    peer = DebertaV2Model(DebertaV2Config(**{key: value for key, value in values.items() if key != "model_type"}))
+    load_weights(ours, {name: value for name, value in peer.state_dict().items() if not name.endswith("position_ids")})
+    return peer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,30 +106,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=50)
     parser.add_argument("--padded", action="store_true", help="questions of different lengths, with a mask")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=sorted(MAX_DIFFERENCE), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Result:
     """Measure and print."""
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     row = measure(args)
-    print(
-        f"DeBERTa {args.size}, batch {args.batch_size}, {args.tokens} tokens{', padded' if args.padded else ''}, "
-        f"{args.dtype}, {args.device}: outputs within {row['difference']:.1e}\n"
-        f"  forward: ours {row['ours_forward_s']:.4g} s, transformers {row['peer_forward_s']:.4g} s, "
-        f"ratio {row['forward_ratio']:.2f}\n"
-        f"  forward and backward: ours {row['ours_step_s']:.4g} s, transformers {row['peer_step_s']:.4g} s, "
-        f"ratio {row['step_ratio']:.2f}\n"
-        f"  load average {row['load_before']:.1f} before, {row['load_after']:.1f} after"
-    )
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "setting": setting, "row": row}, indent=2) + "\n")
+    padded = ", padded" if args.padded else ""
+    print(f"DeBERTa {args.size}, batch {args.batch_size}, {args.tokens} tokens{padded}, {args.dtype}, {args.device}")
+    rows = []
+    for what, key in (("forward", "forward"), ("forward and backward", "step")):
+        ours, peer = row[f"ours_{key}_s"], row.get(f"peer_{key}_s")
+        beside = "" if peer is None else f", transformers {peer:.4g} s, ratio {peer / ours:.2f}"
+        print(f"  {what}: ours {ours:.4g} s{beside}")
+        check = f"outputs within {row['difference']:.1e}" if "difference" in row else ""
+        setting = f"{args.size}, batch {args.batch_size}, {args.tokens} tokens{padded}, {args.dtype}"
+        rows.append(Row("steps", f"VLE's text tower: {what}", setting, ours, "transformers", peer, check))
+    print(f"  load average {row['load_before']:.1f} before, {row['load_after']:.1f} after")
+    return write_result(args.json, Result(rows, details=row), vars(args))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,6 @@ bias of the end token is set so low that every caption has ``--words`` words, on
 """
 
 import argparse
-import contextlib
-import json
-import os
 import statistics
 import sys
 import time
@@ -24,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.bench_step import DTYPES, torchscale_trunk
+from benchmarks.measure import DTYPES, autocast, is_installed
+from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
+from benchmarks.workload_beit3 import PEER_PACKAGES, torchscale_trunk
 from models.beit3.config import beit3_config
 from models.beit3.decoding import DecodingSettings, SpecialTokens, generate
 from models.beit3.tasks import BEiT3ForCaptioning
@@ -116,13 +115,14 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     with torch.no_grad():
         model.mlm_head.bias[TOKENS.eos] = -100
         model.mlm_head.weight.mul_(4)  # words that differ in probability, so that both sides choose the same ones
-    trunk = torchscale_trunk(config, model.beit3, checkpoint_activations=False).trunk.to(args.device).eval()
+    has_peer = is_installed(*PEER_PACKAGES)
+    if has_peer:
+        trunk = torchscale_trunk(config, model.beit3, checkpoint_activations=False).trunk.to(args.device).eval()
+    else:
+        print(f"{NOT_INSTALLED}: torchscale", flush=True)
     image = torch.randn(args.batch_size, 3, config.image_size, config.image_size).to(args.device)
     settings = DecodingSettings(
         num_beams=args.beams, max_tokens=args.words + 3, length_penalty=0.6, compile=args.compile
-    )
-    autocast = (
-        contextlib.nullcontext if args.dtype == "float32" else lambda: torch.autocast(args.device, DTYPES[args.dtype])
     )
 
     def ours(clock: Clock):  # noqa: ANN202
@@ -130,33 +130,34 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             clock.tick()
             return done
 
-        with autocast():
+        with autocast(args.device, args.dtype):
             found = generate(model, image, TOKENS, settings, agree_done=every_step)
         return found.ids.tolist(), found.scores.tolist()
 
     def peer(clock: Clock):  # noqa: ANN202
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), autocast(args.device, args.dtype):
             return recipe(trunk, model.mlm_head, image, settings, clock)
 
-    found = {name: side(Clock(args.device)) for name, side in (("ours", ours), ("peer", peer))}
-    same = sum(one == other for one, other in zip(found["ours"][0], found["peer"][0], strict=True))
-    difference = max(abs(one - other) for one, other in zip(found["ours"][1], found["peer"][1], strict=True))
-    if difference > MAX_SCORE_DIFFERENCE[args.dtype] or (args.dtype == "float32" and same < args.batch_size):
-        raise SystemExit(
-            f"bench_generate: error: {same} of {args.batch_size} captions agree, scores by {difference:.1e}"
-        )
-    row: dict[str, object] = {"same_captions": same, "score_difference": difference, "load_before": os.getloadavg()[0]}
-    times: dict[str, list[list[float]]] = {"ours": [], "peer": []}
+    sides = {"ours": ours, "peer": peer} if has_peer else {"ours": ours}
+    found = {name: side(Clock(args.device)) for name, side in sides.items()}
+    row: dict[str, object] = {"load_before": load_average()}
+    if has_peer:
+        same = sum(one == other for one, other in zip(found["ours"][0], found["peer"][0], strict=True))
+        difference = max(abs(one - other) for one, other in zip(found["ours"][1], found["peer"][1], strict=True))
+        if not difference <= MAX_SCORE_DIFFERENCE[args.dtype] or (args.dtype == "float32" and same < args.batch_size):
+            raise SystemExit(f"error: {same} of {args.batch_size} captions agree, scores by {difference:.1e}")
+        row |= {"same_captions": same, "score_difference": difference}
+    times: dict[str, list[list[float]]] = {name: [] for name in sides}
     for _ in range(args.rounds):
-        for name, side in (("ours", ours), ("peer", peer)):
+        for name, side in sides.items():
             times[name].append(_timed(side, args.device))
     for name, rounds in times.items():
         row[f"{name}_total_s"] = statistics.median(sum(steps) for steps in rounds)
         row[f"{name}_first_s"] = statistics.median(steps[0] for steps in rounds)
         row[f"{name}_step_s"] = statistics.median(value for steps in rounds for value in steps[1:])
         row[f"{name}_images_per_s"] = args.batch_size / row[f"{name}_total_s"]
-    row["load_after"] = os.getloadavg()[0]
-    for key in ("total", "first", "step"):
+    row["load_after"] = load_average()
+    for key in ("total", "first", "step") if has_peer else ():
         row[f"{key}_ratio"] = row[f"peer_{key}_s"] / row[f"ours_{key}_s"]
     return row
 
@@ -184,24 +185,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def describe(row: dict[str, object], args: argparse.Namespace) -> str:
+    """A few readable lines."""
+    lines = [
+        f"{args.model}, batch {args.batch_size}, {args.beams} beams, {args.words} words, {args.dtype}, {args.device}"
+    ]
+    for name in ("ours", "peer"):
+        if f"{name}_total_s" in row:
+            lines.append(
+                f"  {name}: {row[f'{name}_images_per_s']:.3g} images/s; first step {row[f'{name}_first_s']:.4g} s, "
+                f"each further one {row[f'{name}_step_s']:.4g} s"
+            )
+    if "total_ratio" in row:
+        lines.append(
+            f"  {row['same_captions']} of {args.batch_size} captions equal, scores within {row['score_difference']:.1e}"
+            f"; ratio: {row['total_ratio']:.2f} in all, first {row['first_ratio']:.2f}, further {row['step_ratio']:.2f}"
+        )
+    lines.append(f"  load average {row['load_before']:.1f} before, {row['load_after']:.1f} after")
+    return "\n".join(lines)
+
+
+def rows_of(row: dict[str, object], args: argparse.Namespace) -> list[Row]:
+    """The whole caption, its first word, each further one."""
+    setting = f"batch {args.batch_size}, {args.beams} beams, {args.words} words, {args.dtype}"
+    check = ""
+    if "same_captions" in row:
+        check = (
+            f"{row['same_captions']} of {args.batch_size} captions equal, scores within {row['score_difference']:.1e}"
+        )
+    rows = []
+    for name, key in (("all words", "total"), ("first word", "first"), ("each further word", "step")):
+        what, ours, peer = f"{args.model} captions: {name}", row[f"ours_{key}_s"], row.get(f"peer_{key}_s")
+        rows.append(Row("decoding", what, setting, ours, "torchscale, original's recipe", peer, check))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> Result:
     """Measure and print."""
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     row = measure(args)
-    print(
-        f"{args.model}, batch {args.batch_size}, {args.beams} beams, {args.words} words, {args.dtype}, {args.device}: "
-        f"{row['same_captions']} of {args.batch_size} captions equal, scores within {row['score_difference']:.1e}\n"
-        f"  ours: {row['ours_images_per_s']:.3g} images/s; first step {row['ours_first_s']:.4g} s, "
-        f"each further one {row['ours_step_s']:.4g} s\n"
-        f"  peer: {row['peer_images_per_s']:.3g} images/s; first step {row['peer_first_s']:.4g} s, "
-        f"each further one {row['peer_step_s']:.4g} s\n"
-        f"  ratio: {row['total_ratio']:.2f} in all, first {row['first_ratio']:.2f}, further {row['step_ratio']:.2f}\n"
-        f"  load average {row['load_before']:.1f} before, {row['load_after']:.1f} after"
-    )
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "setting": setting, "row": row}, indent=2) + "\n")
+    print(describe(row, args))
+    return write_result(args.json, Result(rows_of(row, args), details=row), vars(args))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """A LoRA training step of LLaVA's decoder beside transformers + peft, in one run: same weights, same losses.
 
     python benchmarks/bench_llava.py --threads 2
+    python benchmarks/bench_llava.py --device cuda --dtype bfloat16 --width 4096 --layers 32 --heads 32 --length 650
+        --batch_size 8 --rank 128 --peak_tflops 790   (one line: the decoder of the 7B model)
 
 Samples of uneven length with labels on their last words, adapters on all linear layers of the decoder, AdamW over the
 adapters. Ours lays the samples one behind the other and meets the vocabulary at labelled places only; the peer pads.
-Losses are checked first. Peak memory is that of a process of its own for each side (``--memory_of``).
+Losses are checked first. Peak memory is what two steps add, in a process of its own for each side (``--memory_of``
+prints one). bfloat16: frozen weights are kept in it, adapters in float32, both sides under autocast. FLOPs are counted
+by formula: no padding, nothing recomputed, the vocabulary at labelled places only, no gradient of frozen weights.
 """
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import PeakMemory, autocast, in_own_process, in_turns, is_installed
+from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
 from models.linear import Linear
 from models.llava.config import LlamaConfig
 from models.llava.llama import LlamaModel
@@ -29,7 +30,8 @@ from models.llava.splice import IGNORED
 from models.lora import LoRAConfig, add_adapters
 from models.losses import chunked_cross_entropy
 
-MAX_DIFFERENCE = 1e-4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}
 SIDES = ("ours", "transformers + peft")
 
 
@@ -51,32 +53,44 @@ class Decoder(nn.Module):
         return chunked_cross_entropy(hidden, self.lm_head, targets)
 
 
-def sizes(args: argparse.Namespace) -> dict[str, int]:
+def sizes(args: argparse.Namespace) -> dict[str, float]:
     """Of both models."""
     return {
         "vocab_size": args.vocabulary, "hidden_size": args.width, "intermediate_size": int(args.width * 2.6875),
         "num_hidden_layers": args.layers, "num_attention_heads": args.heads, "max_position_embeddings": 2 * args.length,
+        "rms_norm_eps": 1e-5,
     }  # fmt: skip
 
 
+def lengths_of(args: argparse.Namespace) -> list[int]:
+    """Between a quarter and all of the longest length."""
+    return torch.linspace(args.length / 4, args.length, args.batch_size).round().int().tolist()
+
+
 def batch_of(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
-    """Samples between a quarter and all of the longest length; the last tenth of each is labelled."""
+    """Samples and their labels; the last tenth of each is labelled."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(args.length / 4, args.length, args.batch_size).round().int().tolist()
-    samples = [torch.randint(3, args.vocabulary, (length,), generator=generator) for length in lengths]
+    samples = [torch.randint(3, args.vocabulary, (length,), generator=generator) for length in lengths_of(args)]
     labels = [torch.cat([s.new_full((len(s) - len(s) // 10,), IGNORED), s[len(s) - len(s) // 10 :]]) for s in samples]
-    return samples, labels
+    return [sample.to(args.device) for sample in samples], [row.to(args.device) for row in labels]
 
 
 def our_side(args: argparse.Namespace, state: dict[str, Tensor] | None) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Model and its loss."""
-    model = Decoder(LlamaConfig.from_dict(sizes(args))).requires_grad_(False)
+    with torch.device(args.device):
+        model = Decoder(LlamaConfig.from_dict(sizes(args))).requires_grad_(False)
     if state is not None:
         model.load_state_dict(state)
+    model.to(DTYPES[args.dtype])
     add_adapters(model.model.layers, LoRAConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0))
     model.model.checkpoint_layers = args.checkpoint
     samples, labels = batch_of(args)
-    return model, lambda: model(samples, labels)
+
+    def loss() -> Tensor:
+        with autocast(args.device, args.dtype):
+            return model(samples, labels)
+
+    return model, loss
 
 
 def peer_side(args: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor], dict[str, Tensor]]:
@@ -84,7 +98,9 @@ def peer_side(args: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor]
     import peft
     import transformers
 
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes(args), rms_norm_eps=1e-5, pad_token_id=0))
+    with torch.device(args.device):
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes(args), pad_token_id=0))
+    base.to(DTYPES[args.dtype])
     state = {name: value.clone() for name, value in base.state_dict().items()}
     names = list(LoRAConfig().target_modules)
     settings = peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=names, lora_dropout=0.0)
@@ -96,59 +112,101 @@ def peer_side(args: argparse.Namespace) -> tuple[nn.Module, Callable[[], Tensor]
     ids = nn.utils.rnn.pad_sequence(samples, batch_first=True)
     marks = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(sample) for sample in samples], batch_first=True)
-    return model, lambda: model(input_ids=ids, attention_mask=mask, labels=marks).loss, state
+
+    def loss() -> Tensor:
+        with autocast(args.device, args.dtype):
+            return model(input_ids=ids, attention_mask=mask, labels=marks).loss
+
+    return model, loss, state
 
 
-def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
-    """One training step; returns the loss."""
+def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """One training step."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
-    def step() -> float:
+    def step() -> None:
         optimizer.zero_grad()
-        value = loss()
-        value.backward()
+        loss().backward()
         optimizer.step()
-        return value.item()
 
     return step
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step of both sides, in turns."""
+    """Seconds of a step and of a forward pass of both sides, in turns."""
     torch.manual_seed(0)
-    peer, peer_loss, state = peer_side(args)
-    ours, our_loss = our_side(args, state)
-    with torch.no_grad():
-        difference = abs(our_loss().item() - peer_loss().item())
-    if difference > MAX_DIFFERENCE:
-        raise SystemExit(f"bench_llava: error: losses differ by {difference:.1e}")
-    steps = dict(zip(SIDES, (stepper(ours, our_loss), stepper(peer, peer_loss)), strict=True))
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for _ in range(args.rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first one warms up
-    return {**medians, "ratio": medians[SIDES[1]] / medians[SIDES[0]], "difference": difference}
+    losses, models, row = {}, {}, {}
+    state = None
+    if args.has_peer:
+        models[SIDES[1]], losses[SIDES[1]], state = peer_side(args)
+    models[SIDES[0]], losses[SIDES[0]] = our_side(args, state)
+    del state
+    sides = {name: models[name] for name in SIDES if name in models}
+    forward = {name: lambda name=name: _without_graph(losses[name]) for name in sides}
+    if args.has_peer:
+        row |= compare(models, losses, args.dtype)
+    steps = {name: stepper(model, losses[name]) for name, model in sides.items()}
+    row |= in_turns(steps, args.rounds, args.device)
+    row |= {f"{name}, forward": seconds for name, seconds in in_turns(forward, args.rounds, args.device).items()}
+    if args.has_peer:
+        row["ratio"] = row[SIDES[1]] / row[SIDES[0]]
+    row["tflops"] = step_flops(args) / row[SIDES[0]] / 1e12
+    return row
 
 
-def print_memory(args: argparse.Namespace) -> None:
+def compare(models: dict[str, nn.Module], losses: dict[str, Callable[[], Tensor]], dtype: str) -> dict[str, float]:
+    """Give both the same adapters, which start silent; difference of the losses, and of the adapters' gradients.
+
+    Ends the program if they do not compute the same.
+    """
+    ours, peer = (dict(models[name].named_parameters()) for name in SIDES)
+    pairs = []
+    for name, parameter in ours.items():
+        if "lora_" in name:
+            other = peer[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
+            nn.init.normal_(other, std=0.02)
+            parameter.data.copy_(other.data)
+            pairs.append((parameter, other))
+    found = {name: losses[name]() for name in SIDES}
+    for loss in found.values():
+        loss.backward()
+    difference = abs(found[SIDES[0]].item() - found[SIDES[1]].item())
+    largest = max(other.grad.abs().max().item() for _, other in pairs)
+    gradient = max((one.grad - other.grad).abs().max().item() for one, other in pairs) / largest
+    if not (difference <= MAX_DIFFERENCE[dtype] and gradient <= MAX_DIFFERENCE[dtype]):
+        raise SystemExit(f"error: losses differ by {difference:.1e}, gradients by {gradient:.1e} of the largest")
+    return {"difference": difference, "gradient_difference": gradient}
+
+
+@torch.no_grad()
+def _without_graph(loss: Callable[[], Tensor]) -> float:
+    return loss().item()
+
+
+def step_flops(args: argparse.Namespace) -> float:
+    """Useful FLOPs of a training step: forward, and backward to activations and adapters."""
+    values = sizes(args)
+    width, inner, layers = values["hidden_size"], values["intermediate_size"], args.layers
+    lengths = lengths_of(args)
+    tokens, labelled = sum(lengths), sum(length // 10 for length in lengths)
+    frozen = layers * (4 * width**2 + 3 * width * inner)
+    adapters = layers * args.rank * (4 * 2 * width + 3 * (width + inner))
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    matrices = 4 * frozen + 6 * adapters  # a frozen one: forward and to its input; an adapter: its own gradient too
+    return tokens * matrices + 3 * layers * 4 * width * pairs + 4 * labelled * width * args.vocabulary
+
+
+def probe_memory(args: argparse.Namespace, side: str) -> float:
     """MiB that two steps of one side add to what the process had with its model."""
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model, loss = our_side(args, None) if args.memory_of == SIDES[0] else peer_side(args)[:2]
+    model, loss = our_side(args, None) if side == SIDES[0] else peer_side(args)[:2]
     step = stepper(model, loss)
-    before = _kilobytes("VmRSS")
+    peak = PeakMemory(args.device)
     step()
     step()
-    print((_kilobytes("VmHWM") - before) / 2**10)
-
-
-def _kilobytes(key: str) -> int:
-    """Of this process (Linux): VmRSS now, VmHWM at most; ru_maxrss would include the process that started this one."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+    return peak.mib()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -158,6 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in (("batch_size", 8), ("rank", 16), ("threads", 2), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, for the utilisation (790: bf16 on an H200)")
     parser.add_argument(
         "--checkpoint", action="store_true", help="recompute each layer in the backward pass, both sides"
     )
@@ -166,31 +227,50 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> Result:
     """Measure and print."""
     args = build_parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
     if args.memory_of:
-        print_memory(args)
-        return
-    load = os.getloadavg()[0]
+        print(probe_memory(args, args.memory_of))
+        return Result()
+    args.has_peer = is_installed("transformers", "peft")
+    if not args.has_peer:
+        print(f"{NOT_INSTALLED}: {SIDES[1]}", flush=True)
+    names = SIDES[: 1 + args.has_peer]
+    memory = {side: in_own_process(probe_memory, args, side, device=args.device) for side in names}
+    load = load_average()
+    torch.set_num_threads(args.threads)
     row = measure(args)
-    command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
-    memory = {
-        side: float(subprocess.run([*command, "--memory_of", side], capture_output=True, text=True, check=True).stdout)
-        for side in SIDES
-    }
-    print(
+    setting = (
         f"width {args.width}, {args.layers} layers, {args.vocabulary} words, batch {args.batch_size} of up to "
-        f"{args.length}, rank {args.rank}, float32, CPU, load average {load:.1f}\n"
-        f"  step: ours {row[SIDES[0]]:.3g} s, {SIDES[1]} {row[SIDES[1]]:.3g} s, {row['ratio']:.2f} times as fast; "
-        f"losses within {row['difference']:.1e}\n"
-        f"  memory of a step: ours {memory[SIDES[0]]:.0f} MiB, {SIDES[1]} {memory[SIDES[1]]:.0f} MiB"
+        f"{args.length}, rank {args.rank}, {args.dtype}{', checkpointed' if args.checkpoint else ''}"
     )
-    if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        content = {"torch": torch.__version__, "setting": setting, "row": row, "memory_mib": memory}
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{setting}, {args.device}, load average {load:.1f}")
+    for name in names:
+        print(
+            f"  {name}: step {row[name]:.3g} s, forward {row[f'{name}, forward']:.3g} s, memory {memory[name]:.0f} MiB"
+        )
+    check = ""
+    if args.has_peer:
+        check = f"losses within {row['difference']:.1e}, gradients {row['gradient_difference']:.1e} of the largest"
+    if args.has_peer:
+        print(f"  {row['ratio']:.2f} times as fast; {check}")
+    rows = [
+        Row(
+            "steps",
+            f"LLaVA's decoder: {what}",
+            setting,
+            row[f"{SIDES[0]}{key}"],
+            SIDES[1],
+            row.get(f"{SIDES[1]}{key}"),
+            check,
+        )
+        for what, key in (("adapter train step", ""), ("forward pass with loss", ", forward"))
+    ]
+    rows[0].ours_mib, rows[0].peer_mib = memory[SIDES[0]], memory.get(SIDES[1])
+    if args.peak_tflops:
+        rows[0].utilisation = row["tflops"] / args.peak_tflops
+    return write_result(args.json, Result(rows, details={**row, "memory_mib": memory}), vars(args))
 
 
 if __name__ == "__main__":
