@@ -18,4 +18,6 @@ fi
 make_environment requirements.txt requirements-dev.txt
 ruff check .
 ruff format --check .
-exec python -m pytest ${selection[@]+"${selection[@]}"} "$@" </dev/null
+# a worker on each core, a file's tests on the same one since they share what they made
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+exec python -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile ${selection[@]+"${selection[@]}"} "$@" </dev/null
