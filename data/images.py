@@ -30,7 +30,7 @@ MAX_PIXELS = 64_000_000  # more is taken for a decompression bomb
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # file names by which images are found in a folder
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_WAY_OUT = "replace the file or remove its entry from the index"
+_WAY_OUT = "replace the file or remove its entry from the data file that names it"
 
 
 def load_image(path: str | Path) -> np.ndarray:
@@ -48,7 +48,7 @@ def load_image(path: str | Path) -> np.ndarray:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"no image {path}: check the data folder and the index") from None
+        raise DataError(f"no image {path}: check its folder and the data file that names it") from None
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror or error}") from None
     return decode_image(data, str(path))

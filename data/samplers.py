@@ -49,7 +49,7 @@ class TrainBatchSampler:
             raise DataError(
                 f"{num_samples} training samples do not fill one step of {self.samples_per_step} "
                 f"(batch_size {batch_size} x update_freq {accumulation_steps} x processes {world_size}): "
-                "lower --batch_size or add data"
+                "lower the batch size or add data"
             )
         self._num_samples, self._batch_size, self._accumulation_steps = num_samples, batch_size, accumulation_steps
         self._rank, self._world_size, self._seed = rank, world_size, seed

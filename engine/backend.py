@@ -115,7 +115,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype | None:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
     if name == "fp16" and device.type == "cpu":
-        raise EngineError("--amp fp16 needs a CUDA device: on the CPU give --amp bf16 or --amp no")
+        raise EngineError("float16 needs a CUDA device: on the CPU take bfloat16 or float32")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[name]
 
 
@@ -148,7 +148,7 @@ class TorchBackend:
         if accumulation_steps < 1:
             raise EngineError(f"accumulation needs at least 1 step, got {accumulation_steps}")
         if clip_grad is not None and clip_grad <= 0:
-            raise EngineError(f"--clip_grad must be positive, got {clip_grad}")
+            raise EngineError(f"the norm to clip gradients to must be positive, got {clip_grad}")
         self.device = device
         self.accumulation_steps = accumulation_steps
         self.optimizer = optimizer
@@ -274,8 +274,8 @@ class TorchBackend:
         """Restore a folder that ``save`` wrote; every process reads it."""
         if (folder / RUN_FILE).exists():
             raise EngineError(
-                f"{folder} was written with DeepSpeed: give --enable_deepspeed and its --zero_stage, or start anew "
-                f"from its weights: --finetune {folder} with another --output_dir"
+                f"{folder} was written with DeepSpeed: go on with DeepSpeed in the same ZeRO stage, or start "
+                "anew from its weights with another --output_dir"
             )
         _load_matching(self._load_weights, self._weights.read(folder), folder)
         state = load_torch_file(folder / STATE_FILE)

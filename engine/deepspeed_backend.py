@@ -35,7 +35,6 @@ from engine.zero_files import RUN_FILE
 # 0.18.0 let a NaN destroy the weights in stages 1 to 3 and accumulated wrongly in stage 2 (found by our tests)
 _OLDEST = (0, 19, 8)
 _DTYPE_NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_AMP_NAMES = {"float32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class DeepSpeedBackend:
@@ -307,21 +306,21 @@ class DeepSpeedBackend:
             small[0].partition(small)
 
     def _read_run_file(self, folder: Path) -> dict[str, Any]:
-        anew = f"or start anew from its weights: --finetune {folder} with another --output_dir"
+        anew = "or start anew from its weights with another --output_dir"
         if not (folder / RUN_FILE).exists():
             if (folder / STATE_FILE).exists():
-                raise EngineError(f"{folder} was written without DeepSpeed: leave --enable_deepspeed out, {anew}")
+                raise EngineError(f"{folder} was written without DeepSpeed: go on without it, {anew}")
             raise EngineError(f"{folder} has no {RUN_FILE}: it is no checkpoint of a run with DeepSpeed")
         state = load_torch_file(folder / RUN_FILE)
         if state["zero_stage"] != self._stage:
             raise EngineError(
                 f"{folder} is of ZeRO stage {state['zero_stage']}, this run of stage {self._stage}: "
-                f"give --zero_stage {state['zero_stage']}, {anew}"
+                f"take stage {state['zero_stage']}, {anew}"
             )
         if state["dtype"] != _DTYPE_NAMES[self._dtype]:
             raise EngineError(
                 f"{folder} was trained in {state['dtype']}, this run is in {_DTYPE_NAMES[self._dtype]}: "
-                f"give --amp {_AMP_NAMES[state['dtype']]}, {anew}"
+                f"take {state['dtype']}, {anew}"
             )
         before, now = state["world_size"], distributed.world_size()
         if before != now and self._stage:
@@ -460,13 +459,13 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise EngineError(
-            f"DeepSpeed cannot be imported ({error}): pip install deepspeed, or leave --enable_deepspeed out"
+            f"DeepSpeed cannot be imported ({error}): pip install deepspeed, or go on without it"
         ) from None
     version = tuple(int(part) for part in re.findall(r"\d+", deepspeed.__version__)[:3])
     if version < _OLDEST:
         raise EngineError(
             f"DeepSpeed {deepspeed.__version__} is too old, {'.'.join(map(str, _OLDEST))} is needed: "
-            "pip install --upgrade deepspeed, or leave --enable_deepspeed out"
+            "pip install --upgrade deepspeed, or go on without it"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # ours are one line an event
     # asked for one extension only, for inference on the CPU, which would be compiled for a minute (comm/torch.py)

@@ -97,16 +97,16 @@ _HANDED_ON = frozenset(
 )
 # accepted and left out → why
 _NOT_USED = {
-    "optimizer": "the flags decide (--lr, --opt_betas, --opt_eps, --weight_decay, --layer_decay)",
-    "scheduler": "the flags decide (--lr, --min_lr, --warmup_epochs, --warmup_steps)",
-    "activation_checkpointing": "give --checkpoint_activations",
+    "optimizer": "the run's own settings decide (rate, betas, epsilon, weight decay)",
+    "scheduler": "the run's own settings decide (rate, warm-up)",
+    "activation_checkpointing": "programs that recompute have a flag for it",
 }
 # refused unless switched off → what to do instead
 _NOT_OFFERED = {
-    "amp": "give --amp bf16 or --amp fp16",
-    "torch_autocast": "give --amp bf16 or --amp fp16",
-    "compile": "give --compile",
-    "autotuning": "choose --batch_size and --update_freq by hand",
+    "amp": "choose the precision of the run instead",
+    "torch_autocast": "choose the precision of the run instead",
+    "compile": "leave it out, programs that compile have a flag for it",
+    "autotuning": "choose the batch size by hand",
     "elasticity": "a ZeRO run goes on with as many processes as before",
     "curriculum_learning": "leave it out",
     "data_efficiency": "leave it out",
@@ -120,7 +120,7 @@ _NOT_OFFERED = {
     "sequence_parallel_size": "leave it out",
     "pipeline": "leave it out",
     "gradient_allreduce_op": "leave it out: gradients are averaged",
-    "managed_gradient_accumulation": "leave it out: --update_freq decides",
+    "managed_gradient_accumulation": "leave it out: the micro-batches per step decide",
     "use_data_before_expert_parallelism": "leave it out",
     "datastates": "leave it out",
 }
@@ -151,26 +151,26 @@ def read_config(path: str | Path) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise EngineError(f"--deepspeed_config {path} has the key {repeated!r} twice: keep one")
+            raise EngineError(f"DeepSpeed's file {path} has the key {repeated!r} twice: keep one")
         return dict(pairs)
 
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
-        raise EngineError(f"--deepspeed_config {path}: {error.strerror or error}") from None
+        raise EngineError(f"DeepSpeed's file {path}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise EngineError(
-            f"--deepspeed_config {path} is not JSON (line {error.lineno}: {error.msg}): mend that line"
+            f"DeepSpeed's file {path} is not JSON (line {error.lineno}: {error.msg}): mend that line"
         ) from None
     except UnicodeDecodeError:
-        raise EngineError(f"--deepspeed_config {path} is not UTF-8 text: give DeepSpeed's JSON file") from None
+        raise EngineError(f"DeepSpeed's file {path} is not UTF-8 text: give DeepSpeed's JSON file") from None
     if not isinstance(content, dict):
-        raise EngineError(f"--deepspeed_config {path} must hold one JSON object, has a {type(content).__name__}")
+        raise EngineError(f"DeepSpeed's file {path} must hold one JSON object, has a {type(content).__name__}")
     return content
 
 
 def choose_stage(flag: int | None, user: dict[str, Any] | None) -> int:
-    """ZeRO stage from ``--zero_stage`` (None: not given) and the settings file; the file decides what the flag leaves.
+    """ZeRO stage from the flag (None: not given) and the settings file; the file decides what the flag leaves.
 
     Raises:
         EngineError: they differ, or the file's is no stage.
@@ -179,36 +179,36 @@ def choose_stage(flag: int | None, user: dict[str, Any] | None) -> int:
     if stage == AUTO:
         return flag or 0
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise EngineError(f"--deepspeed_config: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+        raise EngineError(f"DeepSpeed's settings: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     if flag is not None and flag != stage:
         raise EngineError(
-            f"--zero_stage {flag} but zero_optimization.stage {stage} in --deepspeed_config: make them equal, "
+            f"ZeRO stage {flag} but zero_optimization.stage {stage} in DeepSpeed's settings: make them equal, "
             "or leave one out"
         )
     return int(stage)
 
 
 def choose_precision(amp: str, user: dict[str, Any] | None) -> str:
-    """The value of ``--amp`` to go by; ``auto`` follows the settings file where that says something.
+    """The precision to go by; ``auto`` follows the settings file where that says something.
 
     Raises:
-        EngineError: the file enables bf16 and fp16, or something else than ``--amp``.
+        EngineError: the file enables bf16 and fp16, or something else than ``amp``.
     """
     said = {name: _section(user or {}, name).get("enabled", AUTO) for name in ("bf16", "bfloat16", "fp16")}
     said = {name: value for name, value in said.items() if value != AUTO}
     for name, value in said.items():
         if not isinstance(value, bool):
-            raise EngineError(f"--deepspeed_config: {name}.enabled must be true, false or {AUTO!r}, got {value!r}")
+            raise EngineError(f"DeepSpeed's settings: {name}.enabled must be true, false or {AUTO!r}, got {value!r}")
     enabled = {name.replace("bfloat16", "bf16") for name, value in said.items() if value}
     if len(enabled) > 1:
-        raise EngineError("--deepspeed_config enables bf16 and fp16: keep one of them")
+        raise EngineError("DeepSpeed's settings enable bf16 and fp16: keep one of them")
     if not said:
         return amp
     wanted = enabled.pop() if enabled else "no"
     if amp not in ("auto", wanted):
         text = ", ".join(f"{name}.enabled {str(value).lower()}" for name, value in said.items())
         raise EngineError(
-            f"--amp {amp} but {text} in --deepspeed_config: make them agree, or write {AUTO!r} in the file"
+            f"precision {amp} but {text} in DeepSpeed's settings: make them agree, or write {AUTO!r} in the file"
         )
     return wanted
 
@@ -247,14 +247,14 @@ def resolve_config(
     _drop_autos(config)
     per_step = batch_size * accumulation_steps * world_size
     for key, value, flags in (
-        ("train_micro_batch_size_per_gpu", batch_size, f"--batch_size {batch_size}"),
-        ("gradient_accumulation_steps", accumulation_steps, f"--update_freq {accumulation_steps}"),
-        ("train_batch_size", per_step, f"--batch_size {batch_size} x --update_freq {accumulation_steps} x {world_size}"
+        ("train_micro_batch_size_per_gpu", batch_size, f"batch size {batch_size}"),
+        ("gradient_accumulation_steps", accumulation_steps, f"accumulation {accumulation_steps}"),
+        ("train_batch_size", per_step, f"batch size {batch_size} x accumulation {accumulation_steps} x {world_size}"
          " processes"),
     ):  # fmt: skip
         if config.get(key, value) != value:
             raise EngineError(
-                f"--deepspeed_config: {key} is {config[key]!r} but {flags} gives {value}: make them equal, "
+                f"DeepSpeed's settings: {key} is {config[key]!r} but {flags} gives {value}: make them equal, "
                 f"or write {AUTO!r} in the file"
             )
         config[key] = value
@@ -278,18 +278,18 @@ def _check_sections(config: dict[str, Any]) -> list[str]:
     for key in list(config):
         if key in _NOT_USED:
             del config[key]
-            notices.append(f"--deepspeed_config: {key} is not used: {_NOT_USED[key]}")
+            notices.append(f"DeepSpeed's settings: {key} is not used: {_NOT_USED[key]}")
         elif key in _NOT_OFFERED:
             if not _is_off(config.pop(key)):
-                raise EngineError(f"--deepspeed_config: {key} is not offered here: {_NOT_OFFERED[key]}")
+                raise EngineError(f"DeepSpeed's settings: {key} is not offered here: {_NOT_OFFERED[key]}")
         elif key not in _HANDED_ON:
             close = difflib.get_close_matches(key, [*_HANDED_ON, *_NOT_USED, *_NOT_OFFERED], n=1)
             meant = f"did you mean {close[0]!r}?" if close else "leave it out"
-            raise EngineError(f"--deepspeed_config: unknown key {key!r}: {meant}")
+            raise EngineError(f"DeepSpeed's settings: unknown key {key!r}: {meant}")
     checkpoint = _section(config, "checkpoint")
     for key in ("load_universal", "use_node_local_storage", "writer", "parallel_write"):
         if checkpoint.get(key):
-            raise EngineError(f"--deepspeed_config: checkpoint.{key} is not offered here: leave it out")
+            raise EngineError(f"DeepSpeed's settings: checkpoint.{key} is not offered here: leave it out")
     for name in ("zero_optimization", "fp16", "bf16", "bfloat16", "data_types"):
         _section(config, name)
     return notices
@@ -305,7 +305,7 @@ def _is_off(value: Any) -> bool:
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name, {})
     if not isinstance(section, dict):
-        raise EngineError(f"--deepspeed_config: {name} must be an object, got {section!r}")
+        raise EngineError(f"DeepSpeed's settings: {name} must be an object, got {section!r}")
     return section
 
 
@@ -323,11 +323,11 @@ def _clipping(in_file: Any, flag: float | None) -> float:
     if in_file is None:
         return float(flag or 0.0)
     if isinstance(in_file, bool) or not isinstance(in_file, int | float) or not 0 <= in_file < float("inf"):
-        raise EngineError(f"--deepspeed_config: gradient_clipping must be a number of at least 0, got {in_file!r}")
+        raise EngineError(f"DeepSpeed's settings: gradient_clipping must be a number of at least 0, got {in_file!r}")
     if flag is not None and flag != in_file:
         raise EngineError(
-            f"--clip_grad {flag} but gradient_clipping {in_file} in --deepspeed_config: make them equal, "
-            f"or write {AUTO!r} in the file"
+            f"gradients are clipped to {flag} but gradient_clipping is {in_file} in DeepSpeed's settings: make them "
+            f"equal, or write {AUTO!r} in the file"
         )
     return float(in_file)
 
@@ -335,29 +335,29 @@ def _clipping(in_file: Any, flag: float | None) -> float:
 def _zero_section(section: dict[str, Any], stage: int) -> dict[str, Any]:
     for key, way_out in _NOT_OFFERED_ZERO.items():
         if section.get(key):
-            raise EngineError(f"--deepspeed_config: zero_optimization.{key} is not offered here: {way_out}")
+            raise EngineError(f"DeepSpeed's settings: zero_optimization.{key} is not offered here: {way_out}")
     if section.pop("compute_grad_norm", True) is not True:
-        raise EngineError("--deepspeed_config: zero_optimization.compute_grad_norm must be true: leave it out")
+        raise EngineError("DeepSpeed's settings: zero_optimization.compute_grad_norm must be true: leave it out")
     for key in _INTEGERS_ZERO:
         value = section.get(key)
         if isinstance(value, float) and value.is_integer():  # 5e8 is a float in JSON
             section[key] = int(value)
         elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise EngineError(f"--deepspeed_config: zero_optimization.{key} must be a whole number, got {value!r}")
+            raise EngineError(f"DeepSpeed's settings: zero_optimization.{key} must be a whole number, got {value!r}")
     for key in ("offload_optimizer", "offload_param"):
         device = _section(section, key).get("device", "none")
         if device == "none":
             section.pop(key, None)
         elif device != "cpu":
             raise EngineError(
-                f"--deepspeed_config: zero_optimization.{key}.device {device!r} is not offered here: "
+                f"DeepSpeed's settings: zero_optimization.{key}.device {device!r} is not offered here: "
                 "'cpu' is, or leave it out"
             )
         elif stage < (1 if key == "offload_optimizer" else 3):
             needed = "stage 1, 2 or 3" if key == "offload_optimizer" else "stage 3"
-            raise EngineError(f"--deepspeed_config: zero_optimization.{key} needs {needed}, got stage {stage}")
+            raise EngineError(f"DeepSpeed's settings: zero_optimization.{key} needs {needed}, got stage {stage}")
     if float(_section(section, "offload_optimizer").get("ratio", 1.0)) != 1.0:
-        raise EngineError("--deepspeed_config: offload_optimizer.ratio below 1 is not offered here: leave it out")
+        raise EngineError("DeepSpeed's settings: offload_optimizer.ratio below 1 is not offered here: leave it out")
     return section | {"stage": stage}
 
 
@@ -368,7 +368,7 @@ def _fp16_section(section: dict[str, Any], enabled: bool, power: int) -> tuple[d
         section["min_loss_scale"] = max(int(minimum), 1)
         if section["min_loss_scale"] != minimum:
             notices.append(
-                f"--deepspeed_config: fp16.min_loss_scale {minimum:g} is taken as {section['min_loss_scale']}: "
+                f"DeepSpeed's settings: fp16.min_loss_scale {minimum:g} is taken as {section['min_loss_scale']}: "
                 "DeepSpeed takes whole numbers only"
             )
     section.setdefault("initial_scale_power", power)

@@ -10,8 +10,8 @@ from engine import distributed
 
 _GO_ON = "the same command goes on from the newest checkpoint"
 _LESS_MEMORY = (
-    "lower --batch_size and raise --update_freq by the same factor, add --checkpoint_activations, "
-    "or divide the training state by --enable_deepspeed --zero_stage 2"
+    "take smaller batches; in training also more micro-batches per step, recompute activations in the backward pass, "
+    "or let DeepSpeed's ZeRO divide the training state"
 )
 # what gloo, the store and the sockets below them say when the other side is gone; NCCL has an exception of its own
 _LOST_CONTACT = re.compile(

@@ -283,7 +283,7 @@ class _Run:
             position.failed_in_a_row = 0  # whoever goes on from here has changed something
             saved = self._save(position) if self.plan.save_every_epochs else None
             way = f"; saved {saved}, the same command goes on from it" if saved else ""
-            error = RunError(f"{fatal[0]}: lower --lr, set --clip_grad, or look at these samples{way}")
+            error = RunError(f"{fatal[0]}: lower the learning rate, clip the gradients, or look at these samples{way}")
             error.agreed = True
             raise error
 

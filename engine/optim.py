@@ -105,7 +105,7 @@ def build_adamw(
     The group's own ``lr`` is set before each step by the backend: base rate times ``lr_scale``.
     """
     if lr < 0:
-        raise EngineError(f"--lr must not be negative, got {lr}")
+        raise EngineError(f"the learning rate must not be negative, got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise EngineError(f"--opt_betas must be two numbers in [0, 1), got {betas}")
     if eps <= 0:

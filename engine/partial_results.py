@@ -191,7 +191,7 @@ def weights_identity(path: str | Path) -> list[dict[str, Any]]:
     """What tells weights from others without reading them: name, size, time and, in a run's folder, checksum.
 
     Args:
-        path: file or folder as given by ``--finetune``; for a sharded index all weights beside it count.
+        path: file or folder as given by the user; for a sharded index all weights beside it count.
 
     Raises:
         EngineError: there is no such file.
@@ -210,7 +210,7 @@ def weights_identity(path: str | Path) -> list[dict[str, Any]]:
             paths = sorted(file for file in folder.iterdir() if file.name.endswith(_WEIGHTS) and file.is_file())
         return [_facts(file, checksums.get(file.name)) for file in paths]
     except OSError as error:
-        raise EngineError(f"cannot read {path} ({error.strerror}): check --finetune") from None
+        raise EngineError(f"cannot read {path} ({error.strerror}): check the path of the weights") from None
 
 
 def _facts(file: Path, checksum: int | None) -> dict[str, Any]:

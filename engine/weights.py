@@ -120,7 +120,7 @@ def read_state_dict(path: str | Path, *, model_key: str = "model|module") -> dic
     if not state:
         keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
         raise EngineError(
-            f"{path} holds no named tensors (its keys: {keys}): give the key of the weights by --model_key"
+            f"{path} holds no named tensors (its keys: {keys}): give a file of weights, or the key of the weights in it"
         )
     _refuse_odd_tensors(path, state)
     return state
@@ -220,7 +220,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
-        raise EngineError(f"no checkpoint at {path}: check the path given by --finetune, --resume or --checkpoint")
+        raise EngineError(f"no checkpoint at {path}: check the path that was given")
     if path.stat().st_size == 0:
         raise EngineError(f"{path} is empty (0 bytes): download or copy it again")
     if not os.access(path, os.R_OK):

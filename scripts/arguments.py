@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -33,18 +34,33 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def number(kind: Callable[[str], Any], *, low: float | None = None, high: float | None = None, above: bool = False):
-    """Argument type: a number within bounds (``above`` excludes the lower one)."""
+def number(
+    kind: Callable[[str], Any],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: bool = False,
+    below: bool = False,
+):
+    """Argument type: a finite number within bounds (``above`` excludes the lower one, ``below`` the upper one).
+
+    Whole numbers are below 2**63, which torch's generators and tensors take.
+    """
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is no {'whole ' if kind is int else ''}number") from None
         if value != value or (low is not None and (value < low or (above and value == low))):
-            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, got {text}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"must be at most {high:g}, got {text}")
+            must = "a number" if low is None else f"{'above' if above else 'at least'} {low:g}"
+            raise argparse.ArgumentTypeError(f"must be {must}, got {text:.40}")
+        if high is not None and (value > high or (below and value == high)):
+            raise argparse.ArgumentTypeError(f"must be {'below' if below else 'at most'} {high:g}, got {text:.40}")
+        if kind is int and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"must be below 2**63, got {text:.40}")
+        if value in (math.inf, -math.inf):
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {text:.40}")
         return value
 
     return parse
@@ -55,6 +71,7 @@ count = number(int, low=0)
 positive = number(float, low=0, above=True)
 not_negative = number(float, low=0)
 fraction = number(float, low=0, high=1)
+finite = number(float)
 
 
 def switch(group: Any, name: str, *, default: bool | None, help: str, negative: str | None = None) -> None:

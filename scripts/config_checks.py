@@ -11,7 +11,7 @@ Check = Callable[[Any], Any]
 
 
 def whole(low: int) -> Check:
-    """A whole number of at least ``low``."""
+    """A whole number of at least ``low`` and below 2**63, which torch's generators and tensors take."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str):
@@ -21,6 +21,8 @@ def whole(low: int) -> Check:
                 raise ValueError("a whole number") from None
         if type(value) is not int or value < low:
             raise ValueError(f"a whole number of at least {low}")
+        if value >= 2**63:
+            raise ValueError("a whole number below 2**63")
         return value
 
     return check

@@ -94,7 +94,7 @@ def test_another_number_of_processes_is_refused_with_the_way_out_where_the_state
     last = alone.stderr[0].splitlines()[-1]
     assert "was written by 2 processes" in last
     assert "this run has 1" in last
-    assert "start with 2 processes, or start anew from its weights: --finetune" in last
+    assert "start with 2 processes, or start anew from its weights with another --output_dir" in last
     resumed = start(nursery, engine, argv, tmp_path / "resumed")
     assert resumed.codes == [0] * 2, resumed.describe()
     assert_same_result(output, unbroken(nursery, name)[0])

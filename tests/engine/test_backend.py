@@ -177,7 +177,7 @@ def test_bf16_autocast_trains_and_keeps_float32_weights():
 
 
 def test_fp16_on_the_cpu_is_refused_with_the_way_out():
-    with pytest.raises(EngineError, match="--amp bf16 or --amp no"):
+    with pytest.raises(EngineError, match="on the CPU take bfloat16 or float32"):
         resolve_precision("fp16", CPU)
 
 

@@ -131,8 +131,8 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_of_them_with_one_line(saved, n
 
 def test_other_settings_are_refused_with_both_values_and_the_way_out(saved):
     messages = saved[1]["2-float32"][0]["messages"]
-    assert "of ZeRO stage 2, this run of stage 1: give --zero_stage 2, or start anew" in messages["stage"]
-    assert "trained in float32, this run is in bf16: give --amp no" in messages["precision"]
+    assert "of ZeRO stage 2, this run of stage 1: take stage 2, or start anew" in messages["stage"]
+    assert "trained in float32, this run is in bf16: take float32" in messages["precision"]
     assert "no moving average: resume without --model_ema" in messages["average"]
     assert "another model or other parameter groups" in messages["model"]
     assert messages["none"] == ""
@@ -143,11 +143,14 @@ def test_another_number_of_processes_takes_stage_0_and_names_both_numbers_for_th
     assert alone[0] == ""
     for stage in (1, 2, 3):
         assert "written by 2 processes" in alone[stage]
-        assert "this run has 1: start with 2 processes, or start anew from its weights: --finetune" in alone[stage]
+        assert (
+            "this run has 1: start with 2 processes, or start anew from its weights with another --output_dir"
+            in alone[stage]
+        )
 
 
 def test_a_checkpoint_of_the_plain_backend_is_refused_with_the_way_out(alone):
-    assert "written without DeepSpeed: leave --enable_deepspeed out" in alone["plain"]
+    assert "written without DeepSpeed: go on without it, or start anew" in alone["plain"]
 
 
 def test_a_file_that_wants_to_execute_something_is_refused(alone):
@@ -190,5 +193,5 @@ def test_a_version_that_fails_these_tests_is_refused_with_the_one_needed(monkeyp
 def test_a_missing_package_is_one_line_with_the_way_out(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(EngineError, match="pip install deepspeed, or leave --enable_deepspeed out"):
+    with pytest.raises(EngineError, match="pip install deepspeed, or go on without it"):
         _import_deepspeed(CPU)

@@ -54,10 +54,10 @@ def test_every_auto_is_resolved():
 @pytest.mark.parametrize(
     ("key", "value", "flags"),
     [
-        ("train_micro_batch_size_per_gpu", 8, "--batch_size 4"),
-        ("gradient_accumulation_steps", 1, "--update_freq 2"),
-        ("train_batch_size", 32, "--batch_size 4 x --update_freq 2 x 3 processes gives 24"),
-        ("gradient_clipping", 0.1, "--clip_grad 1.0"),
+        ("train_micro_batch_size_per_gpu", 8, "batch size 4"),
+        ("gradient_accumulation_steps", 1, "accumulation 2"),
+        ("train_batch_size", 32, "batch size 4 x accumulation 2 x 3 processes gives 24"),
+        ("gradient_clipping", 0.1, "gradients are clipped to 1.0"),
     ],
 )
 def test_a_value_that_contradicts_a_flag_is_refused_with_both(key, value, flags):
@@ -79,7 +79,7 @@ def test_a_value_that_contradicts_a_flag_is_refused_with_both(key, value, flags)
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm must be true"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "'nvme' is not offered here: 'cpu' is"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, got stage 1"),
-        ({"torch_autocast": {"enabled": True}}, "torch_autocast is not offered here: give --amp"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast is not offered here: choose the precision"),
         ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not offered"),
         ({"gradient_clipping": "much"}, "gradient_clipping must be a number"),
         ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is not offered"),
@@ -163,10 +163,10 @@ def test_amp_auto_follows_the_file_and_the_others_must_agree(amp, user, chosen):
 @pytest.mark.parametrize(
     ("amp", "user", "words"),
     [
-        ("no", {"bf16": {"enabled": True}}, "--amp no but bf16.enabled true"),
-        ("bf16", {"fp16": {"enabled": True}}, "--amp bf16 but fp16.enabled true"),
-        ("bf16", {"bf16": {"enabled": False}}, "--amp bf16 but bf16.enabled false"),
-        ("auto", {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enables bf16 and fp16"),
+        ("no", {"bf16": {"enabled": True}}, "precision no but bf16.enabled true"),
+        ("bf16", {"fp16": {"enabled": True}}, "precision bf16 but fp16.enabled true"),
+        ("bf16", {"bf16": {"enabled": False}}, "precision bf16 but bf16.enabled false"),
+        ("auto", {"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enable bf16 and fp16"),
         ("auto", {"bf16": {"enabled": "yes"}}, "must be true, false or 'auto', got 'yes'"),
     ],
 )

@@ -63,7 +63,11 @@ def test_layer_decay_outside_its_range_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"lr": -1.0}, "--lr"), ({"lr": 1.0, "betas": (0.9, 1.0)}, "--opt_betas"), ({"lr": 1.0, "eps": 0.0}, "--opt_eps")],
+    [
+        ({"lr": -1.0}, "learning rate"),
+        ({"lr": 1.0, "betas": (0.9, 1.0)}, "--opt_betas"),
+        ({"lr": 1.0, "eps": 0.0}, "--opt_eps"),
+    ],
 )
 def test_impossible_optimizer_settings_are_refused(options, message):
     groups = parameter_groups(nn.Linear(1, 1).named_parameters(), weight_decay=0.0, rule=LRRule(lambda n: 0, (1.0,)))

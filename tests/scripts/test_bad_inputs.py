@@ -126,7 +126,7 @@ def update_freq_of_zero(case):
     return case.train("--update_freq", "0")
 
 
-@bad(r"302 training samples do not fill one step of 4000 .*lower --batch_size")
+@bad(r"302 training samples do not fill one step of 4000 .*lower the batch size")
 def batch_larger_than_the_data(case):
     return case.train("--batch_size", "4000")
 
@@ -166,7 +166,7 @@ def weights_that_are_not_there(case):
     return case.train("--finetune", case.tmp / "absent.pth")
 
 
-@bad(r"--amp fp16 needs a CUDA device")
+@bad(r"float16 needs a CUDA device")
 def half_precision_on_the_cpu(case):
     return case.train("--amp", "fp16")
 

@@ -85,6 +85,11 @@ def a_section_that_is_a_number(case):
     return case.config("TRAIN: 3\n")
 
 
+@bad(r"own.yaml: RNG_SEED must be a whole number below 2\*\*63, got 9{23}")
+def a_seed_that_no_generator_takes(case):
+    return case.config(f"RNG_SEED: {'9' * 23}\n")
+
+
 @bad(r"own.yaml: TRAIN.LR must be a number, got 'fast'")
 def a_rate_that_is_a_word(case):
     return case.config("TRAIN:\n  LR: fast\n")
@@ -323,7 +328,7 @@ def a_folder_that_is_given_twice(case):
     return case.train("--model-dir", "elsewhere")
 
 
-@bad(r"--amp fp16 needs a CUDA device")
+@bad(r"float16 needs a CUDA device")
 def half_precision_on_the_cpu(case):
     return case.train("--amp", "fp16")
 

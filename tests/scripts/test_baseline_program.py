@@ -477,7 +477,7 @@ def the_originals_subwords(data, output):
     return ["--reference_behaviour", "--question_encoder", "subwords"]
 
 
-@bad("13 training samples do not fill one step of 128 .*: lower --batch_size")
+@bad("13 training samples do not fill one step of 128 .*: lower the batch size")
 def a_batch_larger_than_the_data(data, output):
     return ["--batch_size", 128]
 
@@ -485,6 +485,11 @@ def a_batch_larger_than_the_data(data, output):
 @bad("--batch_size 1 with --image_size 16")
 def one_value_for_batch_normalisation(data, output):
     return ["--batch_size", 1]
+
+
+@bad(r"--seed: must be below 2\*\*63, got 99999999999999999999999")
+def a_seed_that_no_generator_takes(data, output):
+    return ["--seed", "99999999999999999999999"]
 
 
 @bad("--hold_out 1 of 13 rows leaves nothing to train on")
@@ -504,7 +509,7 @@ def an_output_folder_that_is_a_file(data, output):
     return ["--output_dir", output / "submission.npy"]
 
 
-@bad("--amp fp16 needs a CUDA device")
+@bad("float16 needs a CUDA device")
 def half_precision_on_the_cpu(data, output):
     return ["--amp", "fp16"]
 

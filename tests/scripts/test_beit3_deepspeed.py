@@ -26,7 +26,7 @@ from tests.scripts.vqa_run import (
 def test_stage_3_in_two_processes_trains_validates_and_saves_with_a_settings_file():
     output, said = stage_3_run()
     assert "note: --deepspeed_config implies --enable_deepspeed" in said
-    assert "note: --deepspeed_config: optimizer is not used: the flags decide" in said
+    assert "note: DeepSpeed's settings: optimizer is not used: the run's own settings decide" in said
     resolved = json.loads((output / "run.json").read_text())["deepspeed"]
     assert resolved["zero_optimization"]["stage"] == 3
     assert resolved["gradient_clipping"] == 1.0
@@ -72,7 +72,7 @@ def test_a_run_with_deepspeed_refuses_a_plain_checkpoint_with_the_way_out(tmp_pa
     flags = train_flags(tmp_path, "--resume", str(trained_checkpoint()), "--zero_stage", "1")
     result = run_program("run_beit3_finetuning.py", *flags)
     assert result.returncode == 2
-    assert "was written without DeepSpeed: leave --enable_deepspeed out" in the_error_line(result.stderr)
+    assert "was written without DeepSpeed: go on without it, or start anew" in the_error_line(result.stderr)
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_deepspeeds_own_launcher_starts_two_processes(tmp_path):
     ("flags", "words"),
     [
         (("--zero_stage", "3", "--compile"), "--compile does not go with ZeRO stage 3"),
-        (("--deepspeed_config", "{file}", "--zero_stage", "2"), "--zero_stage 2 but zero_optimization.stage 3"),
-        (("--deepspeed_config", "{file}", "--amp", "no"), "--amp no but bf16.enabled true"),
+        (("--deepspeed_config", "{file}", "--zero_stage", "2"), "ZeRO stage 2 but zero_optimization.stage 3"),
+        (("--deepspeed_config", "{file}", "--amp", "no"), "precision no but bf16.enabled true"),
         (("--deepspeed_config", "{file}.absent"), "no such file"),
         (("--zero_stage", "4"), "invalid choice: 4"),
     ],
