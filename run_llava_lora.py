@@ -35,6 +35,7 @@ from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
 from scripts.llava_model import build_for_training
 from scripts.llava_optim import llava_parameter_groups, llava_schedule
+from scripts.llava_resume import check_resume
 from scripts.llava_saving import checkpoint_format, publish
 
 
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 1. processes, device, seed ----
     device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
+    if args.num_workers is None:
+        args.num_workers = min(4, distributed.cores_per_process())
     torch.manual_seed(args.seed)  # the same adapters on every rank; each rank's own draws are seeded below
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     dtype = resolve_precision(args.amp, device)
@@ -56,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 2. base, adapters, data ----
     folder = build_for_training(args, dtype, device)
+    if resume_from is not None:
+        check_resume(resume_from, folder, args)
     validate, val_loader = llava_training.validation(args, folder, device=device, dtype=dtype)
     train_loader = llava_training.train_loader(args, folder, device=device, dtype=dtype)
     torch.manual_seed(args.seed + distributed.rank())

@@ -9,6 +9,7 @@ The original counts tokens of re-encoded parts instead, and masks a whole sample
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from data.collate import pad_tokens
@@ -182,12 +183,13 @@ def collate(samples: Sequence[Encoded], pad_id: int, max_length: int) -> dict[st
     """Join samples, padded on the right to the longest and cut to ``max_length``.
 
     Returns:
-        ``ids`` (B, T) int64; ``labels`` (B, T) int64, -100 where nothing is learned; ``mask`` (B, T) bool, True = look
-        at it: as in the original wherever the id is not ``pad_id``, so a literal <unk> in a text counts as padding.
+        ``ids`` (B, T) int64; ``labels`` (B, T) int64, -100 where nothing is learned; ``mask`` (B, T) bool, True = a
+        token. It comes from the lengths: the original takes every ``pad_id`` for padding, a literal <unk> too.
     """
-    ids, _ = pad_tokens([sample.ids[:max_length] for sample in samples], pad_id)
+    ids, padding = pad_tokens([sample.ids[:max_length] for sample in samples], pad_id)
     labels, _ = pad_tokens([sample.labels[:max_length] for sample in samples], IGNORE_INDEX)
-    return {"ids": ids, "labels": labels, "mask": ids != pad_id}
+    mask = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding == 0
+    return {"ids": ids, "labels": labels, "mask": mask}
 
 
 def _checked_turns(turns: Sequence[Turn], where: str) -> list[tuple[str, str]]:

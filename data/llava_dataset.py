@@ -18,8 +18,9 @@ from data.files import check_relative, read_json
 from data.image_reader import ImageReader
 from data.llava_conversation import Encoded, Template, Turn, collate, encode_conversation
 from data.llava_features import FeatureReader
-from data.llava_sampler import words_of
+from data.llava_sampler import modality_length
 from data.tokenizers.llama import IMAGE_TOKEN, LlamaTokenizer
+from data.vizwiz import ANSWERS_KEY
 
 SCHEMA = (
     '[{"id": "a1", "image": "a1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
@@ -50,7 +51,7 @@ class Conversation:
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """A JSON list of samples; keys that are not known are left alone.
+    """A JSON list of samples; keys that are not known are left alone, as in the original.
 
     Raises:
         DataError: a wrong key or type; an image without its place in the text, or a place without an image.
@@ -64,6 +65,8 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         turns = row.get("conversations") if isinstance(row, dict) else None
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f'{where} needs "conversations", a list of {{"from": …, "value": …}}')
+        if not turns:
+            raise DataError(f'{where} has no turn in its "conversations": give a question and an answer, or remove it')
         pairs = tuple((turn.get("from"), turn.get("value")) for turn in turns)
         if not all(isinstance(text, str) for _, text in pairs):
             raise DataError(f"{where} has a turn whose value is no text: mend the sample")
@@ -76,9 +79,9 @@ def read_conversations(path: str | Path) -> list[Conversation]:
             raise DataError(f"{where} {what}: mend the sample")
         if places > 1:
             raise DataError(f"{where} has {IMAGE_TOKEN} in {places} turns and one image: keep it in one turn")
-        answers = row.get("answers", [])
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not pairs:
-            raise DataError(f'{where}: "answers" must be a list of texts behind a conversation, got {answers!r:.80}')
+        answers = row.get(ANSWERS_KEY, [])
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise DataError(f'{where}: "{ANSWERS_KEY}" must be a list of texts, got {answers!r:.80}')
         samples.append(Conversation(str(row.get("id", number)), pairs, image, tuple(answers)))
     return samples
 
@@ -126,10 +129,8 @@ class LlavaDataset:
         return len(self._samples)
 
     def lengths(self) -> list[int]:
-        """Words of every sample, negative for text alone, as the length-grouped order wants them."""
-        return [
-            words_of({"value": text} for _, text in s.turns) * (-1 if s.image is None else 1) for s in self._samples
-        ]
+        """``modality_length`` of every sample, as the length-grouped order wants them."""
+        return [modality_length((text for _, text in s.turns), has_image=s.image is not None) for s in self._samples]
 
     def use_features(self, features: FeatureReader) -> None:
         """Give the features of the images in place of pixels from now on, and read no image."""

@@ -19,7 +19,7 @@ from data.files import check_relative
 from data.image_reader import ImageReader
 from data.llava_conversation import GPT, HUMAN, IGNORE_INDEX, Template, build_prompt, encode_conversation
 from data.tokenizers.llama import IMAGE_TOKEN, LlamaTokenizer
-from data.vizwiz import read_questions
+from data.vizwiz import QuestionId, read_questions
 
 _ANY_LENGTH = 10**6
 
@@ -29,9 +29,14 @@ class LlavaQuestion:
     """One line of the file; ``place`` is its number in it, from 0."""
 
     place: int
-    question_id: str
+    question_id: QuestionId
     image: str
     text: str
+
+    @property
+    def where(self) -> str:
+        """Names the question in messages, its number counted from 1."""
+        return f"question {self.place + 1} ({self.question_id!s:.80})"
 
 
 def read_llava_questions(path: str | Path, num_chunks: int = 1, chunk_index: int = 0) -> list[LlavaQuestion]:
@@ -42,10 +47,10 @@ def read_llava_questions(path: str | Path, num_chunks: int = 1, chunk_index: int
             <image>, or no such chunk.
     """
     questions: list[LlavaQuestion] = []
-    place_of: dict[str, int] = {}
+    place_of: dict[QuestionId, int] = {}
     for place, row in enumerate(read_questions(path)):
         question = LlavaQuestion(place, row["question_id"], row["image"], row["text"])
-        where = f"{path}: question {place + 1} ({question.question_id:.80})"
+        where = f"{path}: {question.where}"
         first = place_of.setdefault(question.question_id, place)
         if first != place:
             raise DataError(f"{where} has the id of question {first + 1}; answers are told apart by it: rename one")
@@ -80,14 +85,13 @@ def encode_questions(
     prompts = []
     for question in questions:
         turns = [(HUMAN, f"{IMAGE_TOKEN}\n{question.text}"), (GPT, None)]
-        where = f"question {question.place + 1} ({question.question_id:.80})"
         try:
             ids = tokenizer.encode_with_images(build_prompt(turns, template))
         except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise DataError(f"{question.where}: {error}") from None
         if len(ids) > max_tokens:
             raise DataError(
-                f"{where} makes a prompt of {len(ids)} tokens, the model has room for {max_tokens}: shorten it"
+                f"{question.where} makes a prompt of {len(ids)} tokens, the model has room for {max_tokens}: shorten it"
             )
         prompts.append(ids)
     return prompts
@@ -130,8 +134,7 @@ class QuestionDataset:
             DataError: it cannot be read; names the question.
         """
         question = self.questions[index]
-        where = f"question {question.place + 1} ({question.question_id:.80})"
-        image, error = self._images.read(question.image, rng, where)
+        image, error = self._images.read(question.image, rng, question.where)
         return QuestionSample(question.place, self._prompts[index], image, error)
 
     def collate(self, samples: list[QuestionSample]) -> dict[str, Any]:

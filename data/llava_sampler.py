@@ -7,31 +7,18 @@ Deliberate differences: the draws come from a generator of our own with seed + e
 resumed run goes on as an unbroken one; samples that do not fill the last step are left out instead of repeating others.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from data.errors import DataError
 from data.samplers import SampleKey
 
-IMAGE_LENGTH = 128  # what the original adds for an image where it does not tell modalities apart
 
-
-def words_of(conversations: Iterable[Mapping[str, Any]]) -> int:
-    """Number of words between white space over all turns; ``<image>`` counts as one if it stands alone."""
-    return sum(len(turn["value"].split()) for turn in conversations)
-
-
-def sample_length(sample: Mapping[str, Any]) -> int:
-    """Length of a sample of the training file for ``group_by_length``."""
-    return words_of(sample["conversations"]) + (IMAGE_LENGTH if "image" in sample else 0)
-
-
-def modality_length(sample: Mapping[str, Any]) -> int:
-    """Length of a sample of the training file for ``group_by_modality_length``: below 0 for one without an image."""
-    words = words_of(sample["conversations"])
-    return words if "image" in sample else -words
+def modality_length(texts: Iterable[str], *, has_image: bool) -> int:
+    """Words between white space over all turns of a sample, ``<image>`` among them; below 0 without an image."""
+    words = sum(len(text.split()) for text in texts)
+    return words if has_image else -words
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """Files of VizWiz: the original lists and the course's columns in, LLaVA's training file, uploads and submissions out.
 
+Questions of one's own (``data/own_vqa.py``) become the same rows.
+
 Sources: the file formats of VizWiz-VQA; ``format_dataset_for_llava.py`` and ``format_result_for_submission.py`` of the
 course competition's LLaVA pipeline; LLaVA's ``convert_vizwiz_for_submission.py``.
 
@@ -23,9 +25,13 @@ import numpy as np
 from data.errors import DataError
 from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, read_json
 from data.metrics.vizwiz import normalize_evalai, process_text, ten_choose_nine
+from data.own_vqa import SCHEMA as OWN_SCHEMA
+from data.own_vqa import check_own_row
 
 UNANSWERABLE = "unanswerable"
-ANSWERS_KEY = "answers"  # of a training sample that is to be learnt with another answer in each epoch
+QuestionId = str | int  # LLaVA's own files of VizWiz number their questions, others name them
+# of a training sample that is to be learnt with another answer in each epoch; a name that nobody's own files have
+ANSWERS_KEY = "plainvl_answers"
 # LLaVA's prompt for VizWiz, behind the question
 SUFFIX = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -61,6 +67,7 @@ class VizWizRow:
         answers: usually ten; none where they are hidden.
         answer_type: such as ``yes/no``, if the file tells.
         is_answerable: if the file tells.
+        question_id: of a question of one's own, of which there may be several about one image.
     """
 
     image: str
@@ -68,11 +75,12 @@ class VizWizRow:
     answers: tuple[VizWizAnswer, ...] = ()
     answer_type: str | None = None
     is_answerable: bool | None = None
+    question_id: int | None = None
 
     @property
-    def id(self) -> str:
-        """Name of the image without its ending, by which LLaVA's files tell questions apart."""
-        return os.path.splitext(self.image)[0]
+    def id(self) -> QuestionId:
+        """By which LLaVA's files tell questions apart: in those of VizWiz the name of the image without its ending."""
+        return os.path.splitext(self.image)[0] if self.question_id is None else self.question_id
 
 
 def read_rows(path: str | Path) -> list[VizWizRow]:
@@ -81,7 +89,7 @@ def read_rows(path: str | Path) -> list[VizWizRow]:
     Args:
         path: ``{"image": {"0": ...}, "question": {"0": ...}, "answers": {"0": [...]}}`` or
             ``[{"image": ..., "question": ..., "answers": [...], "answer_type": ..., "answerable": ...}]``; all but
-            image and question may be absent.
+            image and question may be absent. A file that ends in .jsonl is one for ``read_own_rows``.
 
     Returns:
         The rows, by number.
@@ -89,6 +97,8 @@ def read_rows(path: str | Path) -> list[VizWizRow]:
     Raises:
         DataError: names the file and the row that is not of this form, or whose image another row has.
     """
+    if Path(path).suffix == ".jsonl":
+        return read_own_rows([path])
     content = read_json(path, advice="it is one of the annotation files of VizWiz or of the course competition")
     if isinstance(content, dict):
         numbered = _rows_of_columns(content, path)
@@ -110,6 +120,35 @@ def read_rows(path: str | Path) -> list[VizWizRow]:
     if not rows:
         raise DataError(f"{path} has no rows: download it again")
     return rows
+
+
+def read_own_rows(paths: Iterable[str | Path]) -> list[VizWizRow]:
+    """Read questions of one's own; those without an id get their number over all files.
+
+    Raises:
+        DataError: names file and line that is not of the schema of ``data/own_vqa.py``, or whose id another one has.
+    """
+    rows: list[VizWizRow] = []
+    place_of: dict[int, str] = {}
+    have_ids: bool | None = None
+    for path in paths:
+        for number, line in iterate_jsonl(path, advice=f"write one line a question, such as {OWN_SCHEMA}"):
+            where = f"{path}:{number}"
+            image, question, answers, question_id = check_own_row(line, where, number=len(rows))
+            have_ids = (line.get("question_id") is not None) if have_ids is None else have_ids
+            if have_ids != (line.get("question_id") is not None):
+                raise DataError(f"{where}: question_id must stand on every line or on none")
+            if place_of.setdefault(question_id, where) != where:
+                raise DataError(f"{where}: question_id {question_id} stands at {place_of[question_id]}; ids are unique")
+            said = tuple(VizWizAnswer(answer) for answer in answers or ())
+            rows.append(VizWizRow(image, question, said, question_id=question_id))
+    return rows
+
+
+def own_line(row: VizWizRow) -> dict[str, Any]:
+    """A row of ``read_own_rows`` with answers, as its file has it."""
+    answers = [answer.text for answer in row.answers]
+    return {"image": row.image, "question": row.question, "answers": answers, "question_id": row.question_id}
 
 
 def _rows_of_columns(columns: dict[str, Any], path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -289,13 +328,13 @@ def training_file(rows: Iterable[VizWizRow], options: ConversionOptions | None =
     return TrainingFile(entries, num_replaced)
 
 
-def question_lines(rows: Iterable[VizWizRow], options: ConversionOptions | None = None) -> list[dict[str, str]]:
+def question_lines(rows: Iterable[VizWizRow], options: ConversionOptions | None = None) -> list[dict[str, Any]]:
     """Make ``valid_for_llava.jsonl``, the questions that LLaVA's evaluation reads, of rows with or without answers."""
     options = options or ConversionOptions()
     return [{"question_id": row.id, "image": row.image, "text": options.prompt_of(row)} for row in rows]
 
 
-def read_results(path: str | Path) -> tuple[dict[str, str], int]:
+def read_results(path: str | Path) -> tuple[dict[QuestionId, str], int]:
     """Read an answers file of LLaVA's evaluation (one JSON object a line).
 
     Returns:
@@ -305,7 +344,7 @@ def read_results(path: str | Path) -> tuple[dict[str, str], int]:
     Raises:
         DataError: no such file, or a line without ``question_id`` or ``text``.
     """
-    results: dict[str, str] = {}
+    results: dict[QuestionId, str] = {}
     num_broken = 0
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -317,37 +356,49 @@ def read_results(path: str | Path) -> tuple[dict[str, str], int]:
         except DataError:
             num_broken += 1
             continue
-        question_id, text = (values.get("question_id"), values.get("text")) if type(values) is dict else (None, None)
-        if type(question_id) is not str or type(text) is not str:
-            raise DataError(f'{path}:{number}: a line must have the texts "question_id" and "text", got {line!r:.120}')
-        results[question_id] = text
+        if type(values) is not dict:
+            raise DataError(f'{path}:{number}: a line must be {{"question_id": …, "text": …}}, got {line!r:.120}')
+        results[_question_id(values, f"{path}:{number}")] = _text(values, "text", f"{path}:{number}")
     return results, num_broken
 
 
-def read_questions(path: str | Path) -> list[dict[str, str]]:
-    """Read a file of ``question_lines``.
+def read_questions(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of ``question_lines``, or one of LLaVA's own, whose ids are whole numbers.
 
     Raises:
-        DataError: names the line that lacks ``question_id``, ``image`` or ``text``.
+        DataError: names the line and its ``question_id``, ``image`` or ``text`` that is missing or of another kind.
     """
     questions = []
     for number, row in iterate_jsonl(path, advice="scripts/format_dataset_for_llava.py writes it"):
-        if not all(type(row.get(key)) is str for key in ("question_id", "image", "text")):
-            raise DataError(f'{path}:{number}: a line must have the texts "question_id", "image" and "text"')
+        where = f"{path}:{number}"
+        _question_id(row, where), _text(row, "image", where), _text(row, "text", where)
         questions.append(row)
     return questions
 
 
+def _question_id(row: Mapping[str, Any], where: str) -> QuestionId:
+    value = row.get("question_id")
+    if type(value) not in (str, int):
+        raise DataError(f'{where}: "question_id" must be a text or a whole number, got {value!r:.80}')
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    if type(row.get(key)) is not str:
+        raise DataError(f'{where}: "{key}" must be a text, got {row.get(key)!r:.80}')
+    return row[key]
+
+
 def upload_entries(
-    questions: Iterable[Mapping[str, str]],
-    results: Mapping[str, str],
+    questions: Iterable[Mapping[str, Any]],
+    results: Mapping[QuestionId, str],
     normalize: Callable[[str], str] = normalize_evalai,
 ) -> list[dict[str, str]]:
     """Make the list that VizWiz takes, in the order of the questions: [{"image": name, "answer": text}].
 
     Args:
         questions: as ``question_lines``.
-        results: the model's answers by question id.
+        results: the model's answers by question id; the number 1 and the text "1" are two ids, as in JSON.
         normalize: what is done to an answer; for the course competition ``process_text`` may be meant.
 
     Raises:

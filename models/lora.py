@@ -20,6 +20,9 @@ from models.quantized import QuantizedLinear, QuantizedWeight
 
 PEFT_PREFIX = "base_model.model."
 _PARTS = (".lora_A.weight", ".lora_B.weight")
+# Starts of peft's that leave the base's weight alone. The others (pissa, corda, olora, loftq, lora_ga) take their start
+# out of it, which the adapter's file does not say: over the whole weight such an adapter counts it twice.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,17 @@ class LoRAConfig:
         table = ConfigTable(values, where)
         table.need("peft_type", ("LORA",), "LORA")
         table.need("bias", ("none",), "none")
-        for key in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
+        table.need("init_lora_weights", _STARTS, True)
+        for key in ("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias"):
             table.need(key, (False, None), False)
         for key in ("rank_pattern", "alpha_pattern"):
             table.need(key, ({}, None), None)
         for key in ("modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication"):
             table.need(key, (None, []), None)
+        for key in ("target_parameters", "trainable_token_indices", "alora_invocation_tokens"):
+            table.need(key, (None, [], {}), None)
+        for key in ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config"):
+            table.need(key, (None, False, {}), None)
         targets = values.get("target_modules")
         if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
             raise ModelError(f"{where}: target_modules must be a list of names, got {targets!r:.80}")
@@ -116,9 +124,12 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        change = self.lora_B(self.lora_A(F.dropout(x, self._dropout, self.training).to(self.lora_A.weight.dtype)))
+        low = F.dropout(x, self._dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself, and would undo it
+            low = low.to(self.lora_A.weight.dtype)
+        change = self.lora_B(self._scale * self.lora_A(low))  # scaled where it is narrow
         frozen = self.weight(x, self.bias) if isinstance(self.weight, QuantizedWeight) else super().forward(x)
-        return frozen + (self._scale * change).to(x.dtype)
+        return frozen + change.to(frozen.dtype)
 
     @torch.no_grad()
     def change(self) -> Tensor:
@@ -126,15 +137,25 @@ class LoRALinear(Linear):
         return self._scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
-    def merged(self) -> Linear:
+    def merged(self, dtype: torch.dtype | None = None, *, like_original: bool = False) -> Linear:
         """A plain layer with the adapter in its weight, added in float32 and rounded once.
 
         Of a quantized weight it keeps the error; better merge into the dense weights that were quantized.
+
+        Args:
+            dtype: of its weight; None: that of before.
+            like_original: round the adapter, the change and the sum to float16, each.
         """
+        dtype = dtype or self.weight.dtype
         is_quantized = isinstance(self.weight, QuantizedWeight)
-        weight = self.weight.dequantized(torch.float32) if is_quantized else self.weight.float()
-        layer = Linear(self.in_features, self.out_features, bias=self.bias is not None, device=self.weight.device)
-        layer.weight = nn.Parameter((weight + self.change()).to(self.weight.dtype), requires_grad=False)
+        weight = self.weight.dequantized(torch.float32) if is_quantized else self.weight
+        if like_original:
+            halves = (part.weight.half().float() for part in (self.lora_B, self.lora_A))
+            total = weight.half() + (self._scale * torch.matmul(*halves)).half()
+        else:
+            total = weight.float() + self.change()
+        layer = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(total.to(dtype), requires_grad=False)
         layer.bias = self.bias
         return layer
 
@@ -158,11 +179,15 @@ def add_adapters(module: nn.Module, config: LoRAConfig) -> list[str]:
     return found
 
 
-def merge_adapters(module: nn.Module) -> None:
-    """Put every adapter into its weight and leave plain layers."""
-    for name, part in list(module.named_modules()):
-        if isinstance(part, LoRALinear):
-            _replace(module, name, part.merged())
+def merge_adapters(module: nn.Module, dtype: torch.dtype | None = None, *, like_original: bool = False) -> int:
+    """Put every adapter into its weight, layer by layer, and leave plain layers; returns how many there were.
+
+    Arguments as ``LoRALinear.merged``.
+    """
+    adapted = [(name, part) for name, part in module.named_modules() if isinstance(part, LoRALinear)]
+    for name, part in adapted:
+        _replace(module, name, part.merged(dtype, like_original=like_original))
+    return len(adapted)
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

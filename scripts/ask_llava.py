@@ -1,7 +1,7 @@
 """Free answers of LLaVA to questions about one picture, for ``scripts/ask.py``; folders of every kind.
 
-As in the original's evaluation the adapter is merged first and the answer is greedy or the best beam's. The image tower
-sees the picture once, whatever the number of questions.
+As in the original's evaluation weights are float16 on CUDA, the adapter is merged first, and the answer is greedy or
+the best beam's. The image tower sees the picture once, whatever the number of questions.
 """
 
 import argparse
@@ -70,7 +70,10 @@ def _is_adapter(checkpoint: str) -> bool:
 
 def _check_full_folder(args: argparse.Namespace) -> None:
     """Raise DataError for what would take long to find out or be said without our flags."""
-    values = read_json(Path(args.checkpoint) / "config.json")
+    folder = Path(args.checkpoint)
+    values = read_json(folder / "config.json")
+    if (folder / "mm_projector.bin").is_file() and not any(folder.glob("*model*")):
+        raise DataError(f"{folder} holds a projector (mm_projector.bin), no model: give the folder of a model")
     if "text_config" not in values and not any(key.startswith("mm_") for key in values):
         raise DataError(f"{args.checkpoint} is a language model that has learnt no image: give a folder of LLaVA")
     if not args.sentencepiece_model and not (Path(args.checkpoint) / "tokenizer.model").is_file():
@@ -99,20 +102,20 @@ def ask_llava(args: argparse.Namespace, picture: "np.ndarray") -> None:
 
     from engine import distributed
     from models.llava.generation import Decoding
-    from models.lora import merge_adapters
     from scripts.llava_folder import read_llava_folder
+    from scripts.llava_inference import inference_dtype, settle_adapters
 
     device = distributed.init(args.device)
+    dtype = inference_dtype(getattr(torch, args.dtype) if args.dtype else None, device)
     folder = read_llava_folder(
         args.checkpoint,
         base=args.model_base,
         vision_tower=args.vision_tower,
         tokenizer=args.sentencepiece_model,
-        dtype=getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32")),
+        dtype=dtype,
         device=device,
     )
-    if folder.adapter is not None:
-        merge_adapters(folder.model)
+    settle_adapters(folder.model, dtype)
     decoding = Decoding(max_new_tokens=args.max_new_tokens or MAX_NEW_TOKENS, num_beams=args.num_beams or 1)
     for question, answer in zip(args.question, answers_to(folder, picture, prompts, decoding), strict=True):
         text = json.dumps({"question": question, "answer": answer}) if args.json else f"{question}\n    {answer}"
@@ -166,11 +169,13 @@ def answers_to(
 
     Raises:
         DataError: a prompt that leaves no room for the answer.
+        RunError: the model gives no finite numbers.
     """
     import torch
 
     from data.clip_images import normalize
     from data.llava_images import LlavaTransform
+    from engine.errors import RunError
     from models.llava.generation import generate
 
     model, tokenizer = folder.model, folder.tokenizer
@@ -191,5 +196,10 @@ def answers_to(
     for ids in encoded:
         with torch.inference_mode():
             joined = model.join(torch.tensor([ids], device=weight.device), features=features, padding_side="left")
-            words = generate(model, joined, decoding)[0].tolist()
+            try:
+                words = generate(model, joined, decoding)[0].tolist()
+            except FloatingPointError as error:
+                raise RunError(
+                    f"{error}: the weights may be damaged, or the precision too low: try --dtype bfloat16 or float32"
+                ) from None
         yield tokenizer.decode(words).strip()

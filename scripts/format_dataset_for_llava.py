@@ -2,10 +2,11 @@
 
 python scripts/format_dataset_for_llava.py                                    # ./data, as the competition's pipeline
 python scripts/format_dataset_for_llava.py --hold_out 0.05 --vizwiz_prompt        # keeps labelled questions for scoring
+python scripts/format_dataset_for_llava.py --train_file my/train.jsonl --val_file my/val.jsonl   # questions of your own
 
 Reads train.json and valid.json (or val.json, test.json) of --data_path; writes train_for_llava.json,
 valid_for_llava.jsonl (of val.json too), test_for_llava.jsonl; with --hold_out also heldout_for_llava.jsonl and
-heldout_annotations.json.
+heldout_annotations.json (of questions of your own heldout_annotations.jsonl, in their own form).
 """
 
 import sys
@@ -24,7 +25,9 @@ from data.vizwiz import (
     SUFFIX,
     ConversionOptions,
     VizWizRow,
+    own_line,
     question_lines,
+    read_own_rows,
     read_rows,
     split_rows,
     training_file,
@@ -34,6 +37,7 @@ from scripts.program import run
 
 TRAIN_FILE = "train_for_llava.json"
 HELD_OUT_QUESTIONS, HELD_OUT_ROWS = "heldout_for_llava.jsonl", "heldout_annotations.json"
+HELD_OUT_OWN_ROWS = "heldout_annotations.jsonl"
 # what is asked -> where the questions go; the course says valid, VizWiz val
 _QUESTIONS = {"valid": "valid_for_llava.jsonl", "val": "valid_for_llava.jsonl", "test": "test_for_llava.jsonl"}
 
@@ -42,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of this program; without any it does what the competition's pipeline does."""
     p = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data_path", type=Path, default=Path("data"), help="folder of the JSON files (%(default)s)")
+    p.add_argument(
+        "--train_file",
+        type=Path,
+        nargs="+",
+        help="training .jsonl of your own: image, question, answers; then --data_path is not read",
+    )
+    p.add_argument("--val_file", type=Path, help="questions of your own to answer; with answers also for --annotations")
     p.add_argument("--output_path", type=Path, help="folder to write (default: --data_path)")
     p.add_argument("--keep_raw_questions", action="store_true", help="leave questions as they were asked")
     p.add_argument("--vizwiz_prompt", action="store_true", help="put LLaVA's prompt for VizWiz behind every question")
@@ -74,8 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         answer_choice=args.answer_choice,
         drop_unsure_answers=args.drop_unsure,
     )
-    rows = read_rows(args.data_path / "train.json")
-    asked = _read_questions(args.data_path)
+    are_own = args.train_file is not None or args.val_file is not None
+    if are_own:
+        rows, asked = _read_own(args)
+    else:
+        rows, asked = read_rows(args.data_path / "train.json"), _read_questions(args.data_path)
     train, held_out = split_rows(rows, args.hold_out, args.seed)
     converted = training_file(train, options)
     unlabelled = [row.image for row in held_out if not row.answers]
@@ -83,22 +97,30 @@ def main(argv: list[str] | None = None) -> None:
         raise DataError(f"image {unlabelled[0]} has no answers to score against: convert the training split")
 
     try:
-        with open_atomic(output / TRAIN_FILE) as handle:
-            json.dump(converted.entries, handle, indent=4)  # without a line end, as the original's
+        if rows:
+            with open_atomic(output / TRAIN_FILE) as handle:
+                json.dump(converted.entries, handle, indent=4)  # without a line end, as the original's
         for name, lines in asked.items():
             write_jsonl_atomic(output / name, question_lines(lines, options))
         if held_out:
             write_jsonl_atomic(output / HELD_OUT_QUESTIONS, question_lines(held_out, options))
-            write_json_atomic(output / HELD_OUT_ROWS, [annotation_of(row) for row in held_out])
+            if are_own:
+                write_jsonl_atomic(output / HELD_OUT_OWN_ROWS, map(own_line, held_out))
+            else:
+                write_json_atomic(output / HELD_OUT_ROWS, [annotation_of(row) for row in held_out])
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"--output_path {output} cannot be written ({error.strerror}): give another folder") from None
 
     total = len(converted.entries)
-    print(f"wrote {total} samples to {output / TRAIN_FILE}")
+    if rows:
+        print(f"wrote {total} samples to {output / TRAIN_FILE}")
     for name, lines in asked.items():
         print(f"wrote {len(lines)} questions to {output / name}")
+    if not rows:
+        return
     if held_out:
-        print(f"held out {len(held_out)} of {len(rows)} rows in {HELD_OUT_QUESTIONS} and {HELD_OUT_ROWS}")
+        annotations = HELD_OUT_OWN_ROWS if are_own else HELD_OUT_ROWS
+        print(f"held out {len(held_out)} of {len(rows)} rows in {HELD_OUT_QUESTIONS} and {annotations}")
     elif (output / HELD_OUT_QUESTIONS).exists():
         print(f"note: {output / HELD_OUT_QUESTIONS} is of an earlier run; this run trains on its questions, too")
     for what, amount in (
@@ -121,6 +143,21 @@ def annotation_of(row: VizWizRow) -> dict[str, Any]:
     if row.is_answerable is not None:
         values["answerable"] = int(row.is_answerable)
     return values
+
+
+def _read_own(args: argparse.Namespace) -> tuple[list[VizWizRow], dict[str, list[VizWizRow]]]:
+    """Questions of one's own to learn from, which are those with answers, and those to answer."""
+    if args.train_file is None and args.hold_out:
+        raise DataError("--hold_out keeps a part of --train_file: give both, or leave --hold_out out")
+    every = read_own_rows(args.train_file or ())
+    rows = [row for row in every if row.answers]
+    if every and not rows:
+        raise DataError(
+            f"none of the {len(every)} questions of --train_file {args.train_file[0]} has answers: give some"
+        )
+    if len(rows) < len(every):
+        print(f"left out {len(every) - len(rows)} of {len(every)} training questions, which have no answers")
+    return rows, {} if args.val_file is None else {_QUESTIONS["valid"]: read_own_rows([args.val_file])}
 
 
 def _read_questions(folder: Path) -> dict[str, list[VizWizRow]]:

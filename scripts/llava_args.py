@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _yes(group: Any, name: str, default: bool, help: str) -> None:
+def _yes(group: Any, name: str, default: bool | None, help: str) -> None:
     """``--name`` alone or with True or False."""
     group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
 
@@ -90,10 +90,12 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     _yes(group, "mm_use_im_start_end", False, "only False: tokens of old models")
     _yes(group, "mm_use_im_patch_token", False, "only False: tokens of old models")
     group = parser.add_argument_group("what is trained")
-    _yes(group, "lora_enable", True, "adapters on the decoder; False: the decoder itself")
+    _yes(group, "lora_enable", None, "adapters on the decoder; False: the decoder itself (default: True)")
     group.add_argument("--lora_r", type=positive_int, default=128, help="rank")
     group.add_argument("--lora_alpha", type=positive, default=256, help="the adapter counts alpha / r times")
-    group.add_argument("--lora_dropout", type=fraction, default=0.05, help="of the adapters' inputs")
+    group.add_argument(
+        "--lora_dropout", type=number(float, low=0, high=1, below=True), default=0.05, help="of the adapters' inputs"
+    )
     group.add_argument("--lora_bias", default="none", help="only none")
     _yes(group, "freeze_mm_mlp_adapter", False, "leave the projector as it is")
     _yes(group, "tune_mm_mlp_adapter", False, "train the projector alone (pre-training)")
@@ -130,13 +132,18 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_bad_samples", type=fraction, default=0.001, help="share that --skip_broken_images may replace"
     )
-    group.add_argument("--dataloader_num_workers", type=count, default=4, help="loader processes per rank")
+    group.add_argument(
+        "--dataloader_num_workers",
+        "--num_workers",
+        type=count,
+        help="loader processes per rank (default: 4, at most the number of cores)",
+    )
     switch(group, "pin_mem", default=True, help="page-locked batches for CUDA (--no_pin_mem: off)")
     _yes(group, "lazy_preprocess", True, argparse.SUPPRESS)
     _yes(group, "is_multimodal", True, argparse.SUPPRESS)
     _yes(group, "remove_unused_columns", False, argparse.SUPPRESS)
     group = parser.add_argument_group("validation after every epoch (none unless --val_annotations is given)")
-    group.add_argument("--val_annotations", help="VizWiz's list, or the course's columns, with answers")
+    group.add_argument("--val_annotations", help="VizWiz's list, the course's columns or own .jsonl, with answers")
     group.add_argument("--val_questions", help="questions .jsonl (default: heldout_for_llava.jsonl beside --data_path)")
     group.add_argument("--val_image_folder", help="(default: --image_folder)")
     group.add_argument("--max_new_tokens", type=positive_int, default=32, help="longest answer of a validation")
@@ -147,20 +154,21 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimizer and schedule")
     group.add_argument("--learning_rate", type=not_negative, default=2e-4, help="peak rate")
     group.add_argument("--mm_projector_lr", type=not_negative, help="the projector's (default: 2e-5 with adapters)")
-    group.add_argument("--num_train_epochs", type=positive, default=1.0, help="epochs; may be a fraction")
+    epochs = number(float, low=0, high=1e6, above=True)
+    group.add_argument("--num_train_epochs", type=epochs, default=1.0, help="epochs; may be a fraction")
     group.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="samples per process")
     group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per step")
     group.add_argument("--weight_decay", type=not_negative, default=0.0, help="of weight matrices")
     group.add_argument("--warmup_ratio", type=fraction, default=0.03, help="share of the steps in which the rate rises")
     group.add_argument("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="how the rate falls")
     group.add_argument("--max_grad_norm", type=not_negative, default=1.0, help="clip the gradients to it (0: off)")
-    group.add_argument("--adam_beta1", type=number(float, low=0, high=1), default=0.9, help="of AdamW")
-    group.add_argument("--adam_beta2", type=number(float, low=0, high=1), default=0.999, help="of AdamW")
+    group.add_argument("--adam_beta1", type=number(float, low=0, high=1, below=True), default=0.9, help="of AdamW")
+    group.add_argument("--adam_beta2", type=number(float, low=0, high=1, below=True), default=0.999, help="of AdamW")
     group.add_argument("--adam_epsilon", type=positive, default=1e-8, help="of AdamW")
     group.add_argument("--optim", default="adamw_torch", help="only adamw_torch")
     group.add_argument("--seed", type=count, default=42, help="of order, dropout and adapters")
     group.add_argument(
-        "--max_steps", type=int, default=-1, help="stop after so many steps; the schedule does not change"
+        "--max_steps", type=number(int), default=-1, help="stop after so many steps; the schedule does not change"
     )
     group.add_argument("--max_nonfinite", type=positive_int, default=10, help="bad steps in a row before the end")
     group = parser.add_argument_group("precision, memory and devices")
@@ -202,6 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.notes = []
     try:
         _check(args)
+        _note_what_has_no_effect(args, parser)
         _find_places(args)
     except DataError as error:
         parser.error(str(error))
@@ -213,7 +222,7 @@ def mode_of(args: argparse.Namespace) -> str:
     """What is trained: ``lora``, ``projector`` alone, or the ``full`` model."""
     if args.tune_mm_mlp_adapter:
         return "projector"
-    return "lora" if args.lora_enable else "full"
+    return "full" if args.lora_enable is False else "lora"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -245,20 +254,29 @@ def _check(args: argparse.Namespace) -> None:
         raise DataError(f"--max_steps must be above 0, or -1 for no limit, got {args.max_steps}")
     if args.mm_projector_lr is not None and args.mm_projector_lr > 0 and args.learning_rate == 0:
         raise DataError("--mm_projector_lr needs a --learning_rate above 0")
-    for name, why in _NO_EFFECT.items():
-        if getattr(args, name) not in (None, "", build_default(name)):
-            args.notes.append(f"--{name} has no effect: {why}")
-    if args.report_to not in ("none", "tensorboard"):
-        args.notes.append(f"--report_to {args.report_to} has no effect: log.txt and --log_dir hold the figures")
     if args.evaluation_strategy == "epoch" and args.val_annotations is None:
         raise DataError("--evaluation_strategy epoch needs --val_annotations, which has the answers")
     if args.val_annotations is None and (args.val_questions or args.val_image_folder):
         raise DataError("--val_questions and --val_image_folder go with --val_annotations, which has the answers")
 
 
-def build_default(name: str) -> Any:
-    """Default of a flag."""
-    return build_parser().get_default(name)
+def _note_what_has_no_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """A line for each flag that was given for nothing."""
+    idle = dict(_NO_EFFECT)
+    if mode_of(args) != "lora":
+        idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), "no adapters are trained")
+    if args.tune_mm_mlp_adapter and args.lora_enable:
+        idle["lora_enable"] = "--tune_mm_mlp_adapter trains the projector alone"
+    if args.save_strategy != "steps":
+        idle["save_steps"] = "it goes with --save_strategy steps"
+    if args.val_annotations is None:
+        idle |= dict.fromkeys(("max_new_tokens", "eval_batch_size"), "nothing is answered without --val_annotations")
+    for name, why in idle.items():
+        value = getattr(args, name)
+        if value not in (None, "", parser.get_default(name)):
+            args.notes.append(f"--{name} {value} has no effect: {why}")
+    if args.report_to not in ("none", "tensorboard"):
+        args.notes.append(f"--report_to {args.report_to} has no effect: log.txt and --log_dir hold the figures")
 
 
 def _find_places(args: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ Kinds: LLaVA's own layout, that of transformers, a plain Llama that gets a proje
 its base. Weights are streamed into a model without memory, so that little more than the model is held.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,21 +20,26 @@ from data.errors import DataError
 from data.files import read_json
 from data.tokenizers.llama import MODEL_FILE, LlamaTokenizer
 from engine.log import say
-from engine.weights import read_state_dict, stream_weights
+from engine.weights import FOLDER_FILES, read_state_dict, stream_weights
 from models.clip_vision import CLIPVisionConfig
 from models.errors import ModelError
 from models.llava.config import LlavaConfig
 from models.llava.llava import LlavaForCausalLM
 from models.llava.loading import TOWER, load_stream, missing_weights, start_projector
-from models.lora import PEFT_PREFIX, LoRAConfig, add_adapters, load_adapters
+from models.lora import LoRAConfig, add_adapters, load_adapters
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG, REST_FILE = "adapter_config.json", "non_lora_trainables.bin"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER_SIZES = "mm_vision_config"  # our own key beside the original's
-PROJECTOR = "mm_projector."
-_LAYOUTS = LLAVA, TRANSFORMERS, PLAIN = "llava", "transformers", "llama"
+PROJECTOR, PROJECTOR_FILE = "mm_projector.", "mm_projector.bin"
+LLAVA, TRANSFORMERS, PLAIN = "llava", "transformers", "llama"
+# what tiles of LLaVA-1.6 are replaced by: with them its models are fine-tuned and asked as those of 1.5
+_WHOLE_IMAGES = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# of all weights, or what says it of the name of each; None: that of the file
+Precision = torch.dtype | Callable[[str], torch.dtype | None] | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def read_llava_folder(
     projector: str | Path | None = None,
     new_projector: Mapping[str, Any] = MappingProxyType({}),
     tokenizer: str | Path | None = None,
-    dtype: torch.dtype | None,
+    dtype: Precision,
     device: torch.device | str = "cpu",
 ) -> LlavaFolder:
     """Read a model folder of any kind.
@@ -90,12 +96,14 @@ def read_llava_folder(
     Args:
         path: of the folder.
         base: of an adapter; None takes the one that it names, as given or beside the adapter.
-        vision_tower: folder of CLIP; None takes the one that the config names, as given or beside the model.
-        projector: weights (``mm_projector.bin``) that replace those of the folder.
+        vision_tower: folder of CLIP; None takes the one that the config names, as given or beside the model. Of a model
+            that brings its tower's weights it can only be the one that the config names, for sizes and images.
+        projector: weights (``mm_projector.bin`` or a folder that holds it) that replace those of the folder.
         new_projector: keys of LLaVA's config for a plain language model, which has none, such as
             ``mm_projector_type``; ``projector`` must be of this type.
         tokenizer: folder or sentencepiece file in place of the folder's.
-        dtype: of the weights, not of adapters, which stay float32; None: that of the files.
+        dtype: of the weights, not of adapters, which stay float32; a function says it of the name of each weight;
+            None: that of the files.
         device: of the model.
 
     Raises:
@@ -113,23 +121,27 @@ def read_llava_folder(
         source = _base_of(path, adapter, base)
     elif base is not None:
         raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
+    _refuse_a_projector(source)
     plan = _plan(source, overriding, path, vision_tower, new_projector)
     tokens, tokenizer_folder = _tokenizer(tokenizer, (source, path), plan.config.text.vocab_size)
     with torch.device("meta"):
         model = LlavaForCausalLM(plan.config, plan.vision).eval()
     skip = (TOWER,) if plan.tower else ()
-    if adapter is not None:
-        skip += (f"model.{PROJECTOR}",)  # the adapter brings its own, perhaps more precise than the base's
-    load_stream(model, stream_weights(plan.weights), dtype=dtype, skip=skip)
+    if adapter is not None or projector is not None:
+        skip += (f"model.{PROJECTOR}",)  # they bring their own, perhaps more precise than the base's
+    padded = plan.layout == TRANSFORMERS
+    load_stream(model, stream_weights(plan.weights), dtype=dtype, skip=skip, padded_tables=padded)
     if plan.tower:
         load_stream(model, stream_weights(plan.tower), dtype=dtype)
     if plan.config.text.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # two since loading
     if projector is not None:
         load_stream(model, _projector_weights(Path(projector)), dtype=dtype)
+        if missing := [name for name in missing_weights(model) if PROJECTOR in name]:
+            kind = plan.config.mm_projector_type
+            raise ModelError(f"{projector} lacks {missing[0]} of a projector {kind}: give a whole one of this type")
     if adapter is not None and _has_projector(model):
-        rest = read_state_dict(path / REST_FILE)
-        load_stream(model, ((name.removeprefix(PEFT_PREFIX), value) for name, value in rest.items()), dtype=dtype)
+        load_stream(model, _rest_weights(path / REST_FILE), dtype=dtype)
     _fill_or_refuse(model, plan, is_adapter=adapter is not None, dtype=dtype)
     if adapter is not None:
         add_adapters(model.model.layers, adapter)
@@ -157,7 +169,9 @@ def _plan(
         values = _values_of(config)
         if overriding is not None:
             _need_equal_sizes(overriding, values, near, source)
-            config, values = LlavaConfig.from_dict(overriding, str(near / CONFIG_FILE)), overriding
+            values = _with_whole_images(overriding, near / CONFIG_FILE)
+            config = LlavaConfig.from_dict(values, str(near / CONFIG_FILE))
+        _refuse_other_tower(tower, values, source)
         return _Plan(source, TRANSFORMERS, values, config, vision, _images(vision, source), None)
     layout = LLAVA if any(key.startswith("mm_") for key in values) else PLAIN
     from_checkpoint = values.get("unfreeze_mm_vision_tower") is True
@@ -165,6 +179,9 @@ def _plan(
         _need_equal_sizes(overriding, values, near, source)
         values, where = overriding, near / CONFIG_FILE
         from_checkpoint |= values.get("unfreeze_mm_vision_tower") is True
+    if from_checkpoint:
+        _refuse_other_tower(tower, values, source)
+    values = _with_whole_images(values, where)
     named = tower or values.get("mm_vision_tower") or values.get("vision_tower")
     if not named:
         raise DataError(f"{source} is a language model without an image tower: give CLIP's folder as --vision_tower")
@@ -190,12 +207,50 @@ def _plan(
     return _Plan(source, layout, values, config, vision, images, None if from_checkpoint else folder)
 
 
-def _fill_or_refuse(model: LlavaForCausalLM, plan: _Plan, *, is_adapter: bool, dtype: torch.dtype | None) -> None:
+def _with_whole_images(values: dict[str, Any], where: Path) -> dict[str, Any]:
+    """LLaVA-1.6 cuts images into tiles, which are not implemented here: its settings as those of 1.5."""
+    asked = {key: values[key] for key in _WHOLE_IMAGES if values.get(key) is not None}
+    merged, ratio = asked.get("mm_patch_merge_type", "flat"), asked.get("image_aspect_ratio", "pad")
+    if merged == "flat" and not str(ratio).startswith("anyres"):
+        return values
+    said = ", ".join(f"{key} {value!r:.40}" for key, value in asked.items())
+    say(
+        f"warning: {where} asks for tiles of LLaVA-1.6 ({said}), which are not implemented here: every image is taken "
+        "whole, as in LLaVA-1.5 (pad, flat)"
+    )
+    return values | _WHOLE_IMAGES
+
+
+def _refuse_other_tower(given: str | Path | None, values: Mapping[str, Any], source: Path) -> None:
+    """Weights of a tower that were fine-tuned with the model, or lie in one file with it, must not be replaced."""
+    named = values.get("mm_vision_tower") or values.get("vision_tower")
+    if given is not None and not (named and _is_called(Path(given), str(named))):
+        raise ModelError(
+            f"{source} brings its own image tower, so {given} would not be used: leave --vision_tower out"
+            + (f" or give {named}" if named else "")
+        )
+
+
+def _is_called(path: Path, name: str) -> bool:
+    """Whether a folder has the last part of this name, itself or what it is a link to."""
+    return Path(name).name in (Path(os.path.abspath(path)).name, path.resolve().name)
+
+
+def _refuse_a_projector(path: Path) -> None:
+    if (path / PROJECTOR_FILE).exists() and not any((path / name).exists() for name in FOLDER_FILES):
+        raise DataError(
+            f"{path} holds a projector ({PROJECTOR_FILE}), no model: train on with it by --pretrain_mm_mlp_adapter "
+            f"{path}, or give the folder of a model"
+        )
+
+
+def _fill_or_refuse(model: LlavaForCausalLM, plan: _Plan, *, is_adapter: bool, dtype: Precision) -> None:
     missing = missing_weights(model)
     if plan.layout == PLAIN and not is_adapter and missing and all(PROJECTOR in name for name in missing):
         if len(missing) < len(list(model.model.mm_projector.parameters())):
             raise ModelError(f"the projector's weights lack {missing[0]}: give a whole one of the type it has")
-        start_projector(model, dtype or model.lm_head.weight.dtype)
+        chosen = dtype(missing[0]) if callable(dtype) else dtype
+        start_projector(model, chosen or model.lm_head.weight.dtype)
         say(f"{plan.weights} has no projector: a new one, which must be trained")
         return
     if missing:
@@ -229,7 +284,7 @@ def _base_of(path: Path, adapter: LoRAConfig, given: str | Path | None) -> Path:
         found = Path(given)
         if not found.is_dir():
             raise DataError(f"no model folder at {found}: give the folder of {named or 'the base'} as --model-base")
-        if named and Path(named).name != found.resolve().name:
+        if named and not _is_called(found, named):
             say(f"warning: the adapter {path} was trained on {named}, not on {found}: answers may be bad")
     if (found / ADAPTER_CONFIG).exists():
         raise DataError(f"the base {found} is an adapter itself: merge it first (scripts/merge_lora_weights.py)")
@@ -278,7 +333,16 @@ def _tokenizer(given: str | Path | None, folders: Sequence[Path], rows: int) -> 
     return tokens, model_file.parent
 
 
+def _rest_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter brings beside itself; by the original's rule its names have one prefix of peft's or both."""
+    state = {name.removeprefix("base_model."): value for name, value in read_state_dict(path).items()}
+    if any(name.startswith("model.model.") for name in state):
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    yield from state.items()
+
+
 def _projector_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    path = path / PROJECTOR_FILE if (path / PROJECTOR_FILE).exists() else path
     for name, value in read_state_dict(path).items():
         _, found, rest = name.partition(PROJECTOR)
         if not found:

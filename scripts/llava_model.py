@@ -7,12 +7,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from engine.deepspeed_config import choose_stage
 from engine.distributed import is_main
 from engine.log import say
 from models.errors import ModelError
+from models.llava.loading import TOWER
 from models.llava.quantized import quantize_decoder
 from models.lora import LoRAConfig, add_adapters
-from scripts.llava_folder import PLAIN, LlavaFolder, read_llava_folder
+from scripts.llava_folder import PLAIN, PROJECTOR, LlavaFolder, read_llava_folder
 
 _PROJECTOR_KEYS = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
 
@@ -20,7 +22,8 @@ _PROJECTOR_KEYS = ("mm_projector_type", "mm_vision_select_layer", "mm_vision_sel
 def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, device: torch.device) -> LlavaFolder:
     """Read ``--model_name_or_path``, add what is to be trained, freeze the rest.
 
-    Frozen weights have the precision of the run, trained ones float32; activations follow autocast.
+    Frozen weights have the precision of the run, trained ones float32, from the file on; activations follow autocast.
+    DeepSpeed gets all of them in 16 bits, which it rounds them to anyway before it makes its float32 masters.
 
     Args:
         args: of the program; its seed must be set, since adapters and projectors start at random.
@@ -31,6 +34,9 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         DataError, EngineError: the folder is not whole.
         ModelError: it does not fit the flags.
     """
+    in_16_bits = args.enable_deepspeed and dtype is not None
+    if args.enable_deepspeed and choose_stage(None, args.deepspeed_file) == 3:
+        say("note: at first every process holds the whole model on its device, until stage 3 has divided it")
     chosen = {key: getattr(args, key) for key in _PROJECTOR_KEYS if getattr(args, key) is not None}
     folder = read_llava_folder(
         args.model_name_or_path,
@@ -38,7 +44,7 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         projector=args.pretrain_mm_mlp_adapter,
         new_projector=chosen,
         tokenizer=args.tokenizer,
-        dtype=dtype or torch.float32,
+        dtype=dtype if in_16_bits else partial(_precision, args=args, frozen=dtype or torch.float32),
     )
     if folder.adapter is not None:
         raise ModelError(
@@ -53,10 +59,10 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         _quantize(folder, args, device)
     if args.mode == "lora":
         folder = _with_adapters(folder, args)
-    _choose_trained(folder.model, args)
-    for parameter in folder.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for name, parameter in folder.model.named_parameters():
+        parameter.requires_grad_(_is_trained(name, args))
+        if parameter.requires_grad and in_16_bits:
+            parameter.data = parameter.data.to(dtype)  # adapters, which start in float32
     folder.model.model.checkpoint_layers = args.gradient_checkpointing
     folder.model.to(device)
     return folder
@@ -74,6 +80,7 @@ def _quantize(folder: LlavaFolder, args: argparse.Namespace, device: torch.devic
 def _with_settings(folder: LlavaFolder, args: argparse.Namespace) -> LlavaFolder:
     """The flags in the config that a saved model will have."""
     values = folder.values | {
+        "_name_or_path": args.model_name_or_path,
         "image_aspect_ratio": args.image_aspect_ratio,
         "tokenizer_model_max_length": args.model_max_length,
         "tokenizer_padding_side": "right",
@@ -107,9 +114,16 @@ def _with_adapters(folder: LlavaFolder, args: argparse.Namespace) -> LlavaFolder
     return replace(folder, adapter=config)
 
 
-def _choose_trained(model: torch.nn.Module, args: argparse.Namespace) -> None:
-    full = args.mode == "full"
-    if args.mode != "lora":
-        model.requires_grad_(full and not args.freeze_backbone)
-        model.tower.requires_grad_(args.unfreeze_mm_vision_tower)
-    model.model.mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
+def _is_trained(name: str, args: argparse.Namespace) -> bool:
+    """Whether the flags say that a weight of this name trains."""
+    if PROJECTOR in name:
+        return not args.freeze_mm_mlp_adapter
+    if args.mode == "lora":
+        return ".lora_" in name
+    if name.startswith(TOWER):
+        return args.unfreeze_mm_vision_tower
+    return args.mode == "full" and not args.freeze_backbone
+
+
+def _precision(name: str, *, args: argparse.Namespace, frozen: torch.dtype) -> torch.dtype:
+    return torch.float32 if _is_trained(name, args) else frozen

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.clip_images import CONFIG_FILE as IMAGE_FILE
 from data.errors import DataError
+from data.files import write_json_atomic
 from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
 from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
 from engine.backend import WeightsFormat, trained_names
@@ -31,6 +32,7 @@ from scripts.llava_folder import (
     ADAPTER_FILES,
     CONFIG_FILE,
     PROJECTOR,
+    PROJECTOR_FILE,
     REST_FILE,
     TOWER_SIZES,
     LlavaFolder,
@@ -38,7 +40,6 @@ from scripts.llava_folder import (
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
 MAX_SHARD_BYTES = 5 * 10**9
-PROJECTOR_FILE = "mm_projector.bin"
 _MODEL_FILES = (
     *(CONFIG_FILE, "generation_config.json", IMAGE_FILE, MODEL_FILE, TOKENIZER_FILE, ADDED_FILE),
     *("special_tokens_map.json", ADAPTER_CONFIG, REST_FILE, PROJECTOR_FILE),
@@ -200,9 +201,9 @@ def _write_adapter(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor
     _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
     if rest:
         _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
-    _write_whole(output / CONFIG_FILE, lambda at: _write_json(at, folder.values))
+    _write_json(output / CONFIG_FILE, folder.values)
     # the last: by this file a folder is an adapter
-    _write_whole(output / ADAPTER_CONFIG, lambda at: _write_json(at, folder.adapter.as_dict()))
+    _write_json(output / ADAPTER_CONFIG, folder.adapter.as_dict())
 
 
 def _read_adapter(source: Path) -> dict[str, Tensor]:
@@ -290,7 +291,8 @@ def _plain(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return value.detach().to("cpu", dtype or value.dtype).clone().contiguous()
 
 
-def _write_whole(path: Path, write: Any) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a library write a file under another name; what is no text takes this way (``data.files`` for the rest)."""
     temporary = path.with_name(f".writing-{path.name}")
     try:
         write(temporary)
@@ -302,7 +304,7 @@ def _write_whole(path: Path, write: Any) -> None:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json_atomic(path, dict(sorted(values.items())), indent=2)
 
 
 def _sync(path: Path) -> None:

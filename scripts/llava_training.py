@@ -20,7 +20,7 @@ from data.llava_images import LlavaTransform
 from data.llava_questions import read_llava_questions
 from data.llava_sampler import LengthGroupedSampler
 from data.loader import EvalLoader, TrainLoader
-from data.vizwiz import VizWizRow, read_rows
+from data.vizwiz import ANSWERS_KEY, VizWizRow, read_rows
 from engine import distributed
 from engine.log import say
 from engine.partial_results import PartialResults
@@ -85,7 +85,7 @@ def train_loader(
     if features is not None:
         dataset.use_features(features)
     key = "image" if features is None else "features"
-    collate = LlavaCollate(folder.model.config.text.pad_token_id, args.model_max_length, image_key=key)
+    collate = LlavaCollate(folder.tokenizer.pad_id, args.model_max_length, image_key=key)
     return build_loader(args, dataset, collate, train=True, device=device, sampler=sampler)
 
 
@@ -134,6 +134,9 @@ def _check_samples(samples: list[Conversation], args: argparse.Namespace, folder
             cut += kept < len(learnt)
             labels += kept
     say(f"train: {len(samples)} samples, {labels} tokens to learn" + (f", {cut} answers are cut" if cut else ""))
+    drawn = [len(sample.answers) for sample in samples if sample.answers]
+    if drawn:
+        say(f"train: {len(drawn)} samples with {ANSWERS_KEY}: each epoch draws among their {sum(drawn)} answers")
 
 
 def num_image_rows(folder: LlavaFolder) -> int:

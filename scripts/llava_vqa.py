@@ -167,20 +167,21 @@ def answer(
 
 
 def match_rows(rows: Sequence[VizWizRow], questions: Sequence[LlavaQuestion]) -> dict[int, VizWizRow]:
-    """The annotation of each question, by its place; told by the image's name without ending.
+    """The annotation of each question, by its place; told by the image's name, of one's own data by the id.
 
     Raises:
         DataError: a question has none, or one with too few answers to score against.
     """
     by_id = {row.id: row for row in rows}
-    images = {question.place: VizWizRow(question.image, "").id for question in questions}
-    missing = [question.image for question in questions if images[question.place] not in by_id]
+    are_own = any(row.question_id is not None for row in rows)
+    ids = {q.place: q.question_id if are_own else VizWizRow(q.image, "").id for q in questions}
+    missing = [question.image for question in questions if ids[question.place] not in by_id]
     if missing:
         raise DataError(
             f"the annotations lack {len(missing)} of {len(questions)} questions, the first of image {missing[0]:.200}: "
             "give those of the same split"
         )
-    matched = {place: by_id[image] for place, image in images.items()}
+    matched = {place: by_id[name] for place, name in ids.items()}
     for row in matched.values():
         if len(row.answers) < MIN_ANSWERS:
             raise DataError(
@@ -257,7 +258,7 @@ def _generator(seed: int, place: int, device: torch.device) -> torch.Generator:
 def _not_finite(places: Sequence[int], what: str) -> RunError:
     return RunError(
         f"questions {min(places) + 1} to {max(places) + 1} of the file: {what}; the weights may be damaged, or the "
-        "precision too low: try --amp bf16 or --amp no"
+        "precision too low: try bfloat16 or float32"
     )
 
 

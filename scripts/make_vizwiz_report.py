@@ -4,6 +4,9 @@ python scripts/make_vizwiz_report.py --answers eval/answers.jsonl --annotations 
     --image_folder data/train --output report
 python scripts/make_vizwiz_report.py --answers eval/answers.jsonl --image_folder data/valid --output report
 
+Question ids are the images' names, as scripts/format_dataset_for_llava.py writes them; for others --questions tells
+which image is meant.
+
 Writes report.html, summary.json and, with --run, curves.png.
 """
 
@@ -33,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--answers", type=Path, required=True, help="answers of the evaluation, one JSON object a line")
     p.add_argument(
         "--annotations", type=Path, help="rows with what people said (default: none, so questions have no score)"
+    )
+    p.add_argument(
+        "--questions",
+        type=Path,
+        help="question file of the evaluation, if its ids are not the images' names (as in LLaVA's llava_test.jsonl)",
     )
     p.add_argument("--image_folder", type=Path, required=True, help="folder of the images")
     p.add_argument("--output", type=Path, required=True, help="folder for the report")
@@ -72,12 +80,17 @@ def main(argv: list[str] | None = None) -> None:
         raise DataError(f"--output {args.output}: a file, not a folder; give another --output")
     if args.compare_name and not args.compare:
         raise DataError("--compare_name names the answers of --compare: give both or none")
-    answers = read_answers(args.answers)
+    asked = questions_by_name(args.questions) if args.questions else {}
+    names: dict[str, str] = {}
     if args.annotations:
         items = annotated_items(args.annotations, args.image_folder)
-    else:
+        names = names_of_images(args.questions, asked)
+    elif asked:
+        items = asked_items(args.questions, asked, args.image_folder)
+    answers = read_answers(args.answers, names)
+    if not args.annotations and not asked:
         items = items_of_answers(args.answers, answers, args.image_folder)
-    source = args.annotations or args.answers
+    source = args.annotations or args.questions or args.answers
     check_cover(args.answers, answers, items, source)
     is_scored = any(item.answers for item in items)
     if args.worst and not is_scored:
@@ -86,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     other = ""
     if args.compare:
         other = args.compare_name or args.compare.stem
-        others = read_answers(args.compare)
+        others = read_answers(args.compare, names)
         check_cover(args.compare, others, items, source)
         if other in columns:
             raise DataError(f"--compare_name {other} is the first column's: give another")
@@ -128,8 +141,55 @@ def main(argv: list[str] | None = None) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_answers(path: Path) -> dict[str, Answer]:
-    """Answers by question id, the last one of each; says how many broken lines were left out.
+def questions_by_name(path: Path) -> dict[str, dict[str, Any]]:
+    """Lines of a question file by their ids as text.
+
+    Raises:
+        DataError: a line of another form, or an id that comes again.
+    """
+    from data.vizwiz import read_questions
+
+    found: dict[str, dict[str, Any]] = {}
+    for row in read_questions(path):
+        name = str(row["question_id"])
+        if name in found:
+            raise DataError(f"{path}: the question id {name:.80} comes again; answers are told apart by it: rename one")
+        found[name] = row
+    return found
+
+
+def names_of_images(path: Path, asked: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The image's name, by which annotations tell questions apart, for each question id.
+
+    Raises:
+        DataError: two questions about one image.
+    """
+    from data.vizwiz import VizWizRow
+
+    names = {name: str(VizWizRow(row["image"], "").id) for name, row in asked.items()}
+    (image, number), *_ = Counter(names.values()).most_common(1) or [("", 1)]
+    if number > 1:
+        raise DataError(
+            f"{path} has {number} questions about {image:.80}, the annotations one: leave --annotations out"
+        )
+    return names
+
+
+def asked_items(path: Path, asked: dict[str, dict[str, Any]], folder: Path) -> list[Item]:
+    """The questions of a file, without what people said.
+
+    Raises:
+        DataError: a path that leads out of the folder.
+    """
+    for name, row in asked.items():
+        check_relative(row["image"], f"{path}: question {name:.80}")
+    return [Item(name, folder / row["image"], _without_prompt(row["text"])) for name, row in asked.items()]
+
+
+def read_answers(path: Path, names: dict[str, str]) -> dict[str, Answer]:
+    """Answers by question id, or by what ``names`` has for it; the last one of each.
+
+    Says how many broken lines were left out.
 
     Raises:
         DataError: no such file, a line without ``question_id`` or ``text``, or no answer at all.
@@ -147,8 +207,9 @@ def read_answers(path: Path) -> dict[str, Answer]:
             values = parse_json(line, f"{path}:{number}")
         except DataError:
             continue  # counted above
-        prompts[values["question_id"]] = str(values.get("prompt", ""))
-    return {name: Answer(text, prompts[name]) for name, text in texts.items()}
+        prompts[str(values["question_id"])] = str(values.get("prompt", ""))
+    found = {str(question_id): text for question_id, text in texts.items()}
+    return {names.get(name, name): Answer(text, prompts[name]) for name, text in found.items()}
 
 
 def annotated_items(path: Path, folder: Path) -> list[Item]:
@@ -163,7 +224,7 @@ def annotated_items(path: Path, folder: Path) -> list[Item]:
     for row in read_rows(path):
         texts = tuple(answer.text for answer in row.answers)
         kind = (row.answer_type or type_of_answers(texts)) if texts else ""
-        items.append(Item(row.id, resolve_inside(folder, row.image), row.question, texts, kind))
+        items.append(Item(str(row.id), resolve_inside(folder, row.image), row.question, texts, kind))
     return items
 
 
@@ -186,14 +247,19 @@ def items_of_answers(path: Path, answers: dict[str, Answer], folder: Path) -> li
     Raises:
         DataError: a question id that leads out of the folder.
     """
-    from data.vizwiz import SUFFIX
-
     items = []
     for name, answer in answers.items():
         check_relative(name, f"{path}: question_id")
-        question = answer.prompt.removeprefix("<image>\n").removesuffix(SUFFIX).removesuffix(_SHORT)
+        question = _without_prompt(answer.prompt)
         items.append(Item(name, _image_of(name, folder), question or "(the file has no prompt)"))
     return items
+
+
+def _without_prompt(text: str) -> str:
+    """The question without what LLaVA's evaluation puts around it."""
+    from data.vizwiz import SUFFIX
+
+    return text.removeprefix("<image>\n").removesuffix(SUFFIX).removesuffix(_SHORT)
 
 
 def _image_of(name: str, folder: Path) -> Path:
@@ -226,7 +292,8 @@ def check_images(items: list[Item], folder: Path) -> None:
     missing = [item.image for item in items if not item.image.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(items)} images are missing, the first: {missing[0]}; check --image_folder {folder}"
+            f"{len(missing)} of {len(items)} images are missing, the first: {missing[0]}; check --image_folder "
+            f"{folder}, and give --questions if question ids are not the images' names"
         )
 
 
@@ -239,7 +306,8 @@ def _loss_curve(folder: Path) -> bytes | None:
         print(f"no log.txt in {folder}: the page has no curve")
         return None
     log = read_run_log(folder)
-    return draw_curves(log, score_key="val_score" if log.series("val_score")[0] else None)
+    key = "val_accuracy"  # scripts/llava_training.py logs it, in percent
+    return draw_curves(log, score_key=key if log.series(key)[0] else None, score_name="accuracy", is_percent=True)
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

@@ -11,15 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-from typing import TYPE_CHECKING
 
 from data.errors import DataError
 from scripts.arguments import OneLineParser, number
 from scripts.program import run
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from models.lora import merge_adapters
     from scripts.llava_folder import read_llava_folder
     from scripts.llava_saving import check_output, save_full_model
 
@@ -65,43 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         vision_tower=args.vision_tower,
         dtype=torch.float16 if args.float16_merge else None,
     )
-    merged = merge(folder.model, dtype, like_original=args.float16_merge)
+    merged = merge_adapters(folder.model, dtype, like_original=args.float16_merge)
     save_full_model(
         output, folder, dtype=dtype, max_shard_bytes=int(args.max_shard_gb * 10**9), overwrite=args.overwrite
     )
     print(f"merged {merged} adapters of {args.model_path}, wrote {output}")
-
-
-def merge(module: "nn.Module", dtype: "torch.dtype", *, like_original: bool = False) -> int:
-    """Put every adapter into its weight, layer by layer, and leave plain layers.
-
-    Args:
-        module: with adapters.
-        dtype: of the merged weights, to which the float32 sum is rounded once.
-        like_original: round the adapters, the change and the sum to float16, each.
-
-    Returns:
-        How many there were.
-    """
-    import torch
-    from torch import nn
-
-    from models.lora import LoRALinear
-
-    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, LoRALinear)]
-    for name, part in layers:
-        if like_original:
-            for half in (part.lora_A, part.lora_B):
-                half.to(torch.float16)
-            total = part.weight.half() + part.change().half()
-        else:
-            total = (part.weight.float() + part.change()).to(dtype)
-        part.weight = nn.Parameter(total.detach(), requires_grad=False)
-        # the adapter is in the weight now: with nothing left to add, what merged() gives is the plain layer
-        nn.init.zeros_(part.lora_B.weight)
-        parent, _, last = name.rpartition(".")
-        setattr(module.get_submodule(parent), last, part.merged())
-    return len(layers)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
     count,
+    finite,
     fraction,
     not_negative,
     number,
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "temperature", type=not_negative, default=0.0, help="0: the best word; else words are drawn")
     add(group, "top_p", type=number(float, low=0, high=1, above=True), help="draw among words of this probability")
     add(group, "num_beams", type=positive_int, default=1, help="width of a beam search")
-    add(group, "length_penalty", type=float, default=1.0, help="a beam's score is divided by its length to this power")
+    add(group, "length_penalty", type=finite, default=1.0, help="a beam's score is divided by its length to this power")
     add(group, "max_new_tokens", type=positive_int, default=128, help="longest answer")
     add(group, "seed", type=count, default=0, help="of drawn words")
     group = p.add_argument_group("output")
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         group, "normalize", choices=tuple(NORMALIZATIONS), default="evalai", help="what is done to answers in these two"
     )
-    add(group, "annotations", type=Path, help="rows of VizWiz or of the course with answers: score")
+    add(group, "annotations", type=Path, help="answers of people (VizWiz, course, own .jsonl): score")
     add(group, "dry_run", action="store_true", help=f"answer {_DRY_BATCHES} batches and write nothing")
     switch(group, "auto_resume", default=True, help="go on where the same evaluation stopped (--no_auto_resume: anew)")
     group = p.add_argument_group("device and speed")
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         "amp",
         choices=("auto", "bf16", "fp16", "no"),
         default="auto",
-        help="precision of the weights; auto: bf16 where CUDA has it, else fp16, on the CPU float32",
+        help="precision of the weights; auto: fp16 on CUDA, as the original, on the CPU float32",
     )
     add(group, "dist_timeout", type=positive, default=1800.0, help="seconds after which a lost process ends the job")
     add(group, "local_rank", type=int, default=-1, help="given by torch.distributed.launch; the environment decides")
@@ -101,7 +102,8 @@ class _Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, and the names under which the shared parts look their settings up."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     args.model_id = model_id(args.model_path)
     if args.answers_file is None:
         part = f"_{args.num_chunks}_{args.chunk_idx}" if args.num_chunks > 1 else ""
@@ -109,7 +111,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.scores_file = args.answers_file.with_name(args.answers_file.name.removesuffix(".jsonl") + ".scores.json")
     args.output_dir, args.data_path, args.finetune = args.answers_file.parent, args.image_folder, args.model_path
     args.eval_batch_size = args.batch_size
+    args.notes = notes(args, parser)
     return args
+
+
+def notes(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for each flag that was given for nothing."""
+    idle = {}
+    if args.temperature == 0:
+        idle |= dict.fromkeys(("top_p", "seed"), "no words are drawn at --temperature 0")
+    if args.num_beams == 1:
+        idle["length_penalty"] = "it goes with --num_beams above 1"
+    given = {name: getattr(args, name) for name in idle}
+    return [
+        f"--{name} {value} has no effect: {idle[name]}"
+        for name, value in given.items()
+        if value != parser.get_default(name)
+    ]
 
 
 def model_id(path: Path) -> str:
@@ -132,16 +150,20 @@ def main(argv: list[str] | None = None) -> None:
     from engine.backend import resolve_precision
     from engine.log import peak_mib, say
     from models.llava.generation import Decoding
-    from models.lora import merge_adapters
     from scripts import llava_vqa
     from scripts.evaluation_files import open_partial_results
     from scripts.llava_folder import PLAIN, read_llava_folder
+    from scripts.llava_inference import inference_dtype, settle_adapters
 
     # ---- 1. processes, device, precision ----
     device = distributed.init(args.device, timeout_s=args.dist_timeout)
     if args.num_workers is None:
         args.num_workers = min(4, distributed.cores_per_process())
-    dtype = resolve_precision(args.amp, device) or torch.float32
+    # what auto is in training is another thing: there a merged adapter is not at stake
+    chosen = None if args.amp == "auto" else resolve_precision(args.amp, device) or torch.float32
+    dtype = inference_dtype(chosen, device)
+    for note in args.notes:
+        say(f"note: {note}")
 
     # ---- 2. input, checked before the model is read ----
     decoding = Decoding(
@@ -175,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     # the sums before the merge, whose last bits may depend on the number of threads
     args.settings_sha256 = checksum(args.conv_mode, args.max_new_tokens, rows is None, folder.values, folder.images)
     args.settings_sha256 += checksum(weights_sums(folder.model) if distributed.is_main() else None)
-    merge_adapters(folder.model)
+    settle_adapters(folder.model, dtype)
     dataset = llava_vqa.question_dataset(
         folder, questions, args.image_folder, template=template, skip_broken_images=args.skip_broken_images
     )

@@ -23,8 +23,8 @@ class LlamaConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it (linear scaling)
     tie_word_embeddings: bool = False
@@ -39,7 +39,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
-        """From the keys of a ``config.json``.
+        """From the keys of a ``config.json``; an absent one of no size has transformers' default.
 
         Raises:
             ModelError: names the key that is missing, of a wrong kind, or asks for what is not implemented.
@@ -69,8 +69,8 @@ class LlamaConfig:
             num_hidden_layers=table.read("num_hidden_layers", is_positive_int, 0),
             num_attention_heads=heads,
             num_key_value_heads=key_heads,
-            max_position_embeddings=table.read("max_position_embeddings", is_positive_int, 4096),
-            rms_norm_eps=table.read("rms_norm_eps", is_positive_number, 1e-5),
+            max_position_embeddings=table.read("max_position_embeddings", is_positive_int, 2048),
+            rms_norm_eps=table.read("rms_norm_eps", is_positive_number, 1e-6),
             rope_theta=theta,
             rope_factor=factor,
             tie_word_embeddings=table.read("tie_word_embeddings", is_bool, False),
@@ -142,7 +142,7 @@ class LlavaConfig:
         sizes = {**defaults, **text.values, "vocab_size": image_token}
         return cls(
             text=LlamaConfig.from_dict(sizes, text.where),
-            mm_hidden_size=vision.read("hidden_size", is_positive_int, 1024),
+            mm_hidden_size=vision.read("hidden_size", is_positive_int, 768),
             mm_projector_type="mlp2x_gelu",
             mm_vision_select_layer=table.read("vision_feature_layer", is_int, -2),
             mm_vision_select_feature="patch" if strategy == "default" else "cls_patch",
@@ -158,7 +158,6 @@ class LlavaConfig:
         table = ConfigTable(values, where)
         for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
             table.need(key, (False, None), False)
-        table.need("mm_patch_merge_type", ("flat", None), "flat")
         projector = values.get("mm_projector_type", "linear")
         if not isinstance(projector, str):
             raise ModelError(f"{where}: mm_projector_type must be a text, got {projector!r:.40}")

@@ -3,6 +3,7 @@
 Letters: B batch, T rows of the prompts, n beams, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from models.llava.llava import LlavaForCausalLM
 from models.llava.splice import Joined
 
 _NEVER = -1e9
+_COLDEST = 1e-6  # logits divided by less may leave the range of float32
+_STRONGEST_PENALTY = 10  # a length to this power must leave scores in the range of float32
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,17 @@ class Decoding:
         """Refuse what makes no sense."""
         if self.max_new_tokens < 1 or self.num_beams < 1:
             raise ModelError("max_new_tokens and num_beams must be at least 1")
-        if self.temperature < 0 or (self.top_p is not None and not 0 < self.top_p <= 1):
-            raise ModelError("temperature must not be below 0, top_p must be above 0 and at most 1")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise ModelError(
+                f"temperature must be 0 (the best word), or at least {_COLDEST:g} and finite, got {self.temperature:g}"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ModelError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
+        if not abs(self.length_penalty) <= _STRONGEST_PENALTY:
+            raise ModelError(
+                f"length_penalty must lie between {-_STRONGEST_PENALTY} and {_STRONGEST_PENALTY}, "
+                f"got {self.length_penalty:g}"
+            )
         if self.num_beams > 1 and self.temperature > 0:
             raise ModelError("a beam search draws nothing: leave the temperature at 0")
 

@@ -4,7 +4,7 @@ Sources of names: LLaVA's own layout, that of transformers' ``llava-hf`` files i
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,10 @@ _PREFIXES = (
     ("vision_tower.vision_model.", TOWER),
     ("vision_tower.", TOWER),
     ("vision_model.", TOWER),
+    # CLIP's tower alone, as transformers 5 saves it
+    *((f"{part}.", f"{TOWER}{part}.") for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")),
 )
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 # nothing that this model has: old buffers, CLIP's text side, what newer versions of LLaVA add
 _IGNORED = re.compile(
     r".*rotary_emb\.inv_freq|.*embeddings\.position_ids|text_model\..*|visual_projection\..*|text_projection\..*"
@@ -59,16 +62,19 @@ def load_stream(
     model: LlavaForCausalLM,
     weights: Iterable[tuple[str, Tensor]],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Callable[[str], torch.dtype | None] | None = None,
     skip: tuple[str, ...] = (),
+    padded_tables: bool = False,
 ) -> StreamReport:
     """Give a model its weights as they come; parameters on the meta device get their memory then.
 
     Args:
         model: perhaps on the meta device (``with torch.device("meta")``).
         weights: published name and tensor, such as of ``engine.weights.stream_weights``.
-        dtype: of the parameters; None: that of the file.
+        dtype: of the parameters, or what says it of our name of each; None: that of the file.
         skip: beginnings of our names that are left alone, such as ``TOWER``.
+        padded_tables: take only the first rows of longer word tables: in transformers' files of LLaVA there follow the
+            image and the padding token, and filling up.
 
     Raises:
         ModelError: another shape, or a name that has no place and is no known remnant.
@@ -87,12 +93,11 @@ def load_stream(
             continue
         parameter = own[name]
         if value.shape != parameter.shape:
-            # files of transformers have more rows: image and padding token, and filling up
             longer = value.shape[0] > parameter.shape[0] and value.shape[1:] == parameter.shape[1:]
-            if not (longer and name in ("model.embed_tokens.weight", "lm_head.weight")):
+            if not (padded_tables and longer and name in _TABLES):
                 raise ModelError(f"{given} is {tuple(value.shape)}, the model's {tuple(parameter.shape)}: other sizes")
             value = value[: parameter.shape[0]]
-        _assign(model, name, parameter, value, dtype)
+        _assign(model, name, parameter, value, dtype(name) if callable(dtype) else dtype)
         loaded.append(name)
     return StreamReport(tuple(loaded), tuple(ignored))
 
@@ -104,13 +109,14 @@ def _behind_the_tower(name: str, layers: int) -> bool:
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter, value: Tensor, dtype: torch.dtype | None) -> None:
-    value = value.to(dtype or value.dtype)
     if not parameter.is_meta:
-        parameter.copy_(value)
+        parameter.copy_(value if dtype is None else value.to(dtype))  # rounded as the other weights are
         return
     parent, _, last = name.rpartition(".")
-    # a copy of its own: what comes from a file may be mapped, or share a shard's memory
-    setattr(model.get_submodule(parent), last, nn.Parameter(value.clone(), requires_grad=parameter.requires_grad))
+    # a copy of its own: what comes from a file may be mapped, or share a shard's memory; converted in one go, because
+    # a second block beside each weight may leave holes (of two fifths of a model of 1 GB)
+    value = value.to(dtype or value.dtype, copy=True)
+    setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
 
 def missing_weights(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.errors import ModelError
 
 IMAGE_PLACE, IGNORED = -200, -100
+_DROPPED = -(2**31)  # stands for a word behind the mask
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def join_rows(
 ) -> Rows:
     """Put the vectors of the images at their places, sample by sample.
 
+    The ids are read back from the device once, and it is waited for at no other place.
+
     Args:
         ids: (B, T0), ``IMAGE_PLACE`` where an image stands.
         images: (P, D) of each image in reading order over the batch. A sample without a place takes one all the same,
@@ -55,37 +58,46 @@ def join_rows(
     Raises:
         ModelError: another number of images than places and samples without one.
     """
-    kept = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
-    wanted = sum(max(int((row == IMAGE_PLACE).sum()), 1) for row in kept)
+    host = (ids if mask is None else ids.masked_fill(~mask.bool(), _DROPPED)).tolist()
+    length = ids.shape[1]
+    # of each sample its tokens: where they stand in all ids, and whether an image stands there
+    kept = [
+        [(number * length + column, word == IMAGE_PLACE) for column, word in enumerate(row) if word != _DROPPED]
+        for number, row in enumerate(host)
+    ]
+    wanted = sum(max(sum(is_image for _, is_image in row), 1) for row in kept)
     if wanted != len(images):
         raise ModelError(
             f"{len(images)} images for {wanted} places: each <image> of a text takes one, and a text without <image> a "
             "stand-in"
         )
-    vectors = embed(torch.cat([row[row != IMAGE_PLACE] for row in kept]))
+    words = _on(ids.device, [place for row in kept for place, is_image in row if not is_image])
+    vectors = embed(ids.flatten()[words])
+    own: Sequence[Tensor] = ()
+    if labels is not None:
+        tokens = _on(ids.device, [place for row in kept for place, _ in row])
+        own = labels.flatten()[tokens].split([len(row) for row in kept])
     rows, targets, used, first = [], [], 0, 0
     for number, row in enumerate(kept):
         parts, marks = [], []
-        own = None if labels is None else labels[number] if mask is None else labels[number][mask[number].bool()]
-        places = (row == IMAGE_PLACE).nonzero().flatten().tolist()
+        places = [index for index, (_, is_image) in enumerate(row) if is_image]
         begin = 0
         for place in [*places, len(row)]:
-            length = place - begin
-            parts.append(vectors[first : first + length])
-            first += length
-            if own is not None:
-                marks.append(own[begin:place])
+            parts.append(vectors[first : first + place - begin])
+            first += place - begin
+            if labels is not None:
+                marks.append(own[number][begin:place])
             if place < len(row):
                 parts.append(images[used].to(vectors.dtype))
-                if own is not None:
-                    marks.append(own.new_full((len(images[used]),), IGNORED))
+                if labels is not None:
+                    marks.append(labels.new_full((len(images[used]),), IGNORED))
                 used += 1
             begin = place + 1
         if not places:
             parts.append(images[used][:0].to(vectors.dtype))
             used += 1
         rows.append(torch.cat(parts)[:max_length])
-        if own is not None:
+        if labels is not None:
             targets.append(torch.cat(marks)[:max_length])
     return Rows(rows, None if labels is None else targets)
 
@@ -101,6 +113,10 @@ def pad_rows(rows: Rows, padding_side: str = "right") -> Joined:
     ones = [torch.ones(length, dtype=torch.bool, device=embeds.device) for length in lengths]
     present = torch.stack([_padded(row, longest, 0, padding_side) for row in ones])
     return Joined(embeds, labels, present, lengths)
+
+
+def _on(device: torch.device, places: list[int]) -> Tensor:
+    return torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
 
 
 def _padded(row: Tensor, length: int, value: float, side: str) -> Tensor:

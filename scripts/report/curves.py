@@ -63,6 +63,7 @@ def draw_curves(
     *,
     score_key: str | None = "val_score",
     score_name: str = "VQA accuracy on val",
+    is_percent: bool = False,
     axis: str = "accuracy (%)",
     panel_title: str = "Accuracy",
     levels: dict[str, float | None] | None = None,
@@ -76,6 +77,7 @@ def draw_curves(
             values is above 1 (BEiT-3's original log has per cent); others are fractions, which may be above 1 (CIDEr).
             None: no right panel.
         score_name: how the legend calls it.
+        is_percent: the score is no fraction, however small its values.
         axis: label of the right axis.
         panel_title: of the right panel.
         levels: name → fraction that needs no picture or the like, drawn as a line each, at most two; None: not known.
@@ -94,7 +96,7 @@ def draw_curves(
         try:
             _draw_loss(panels[0, 0], log)
             for right in panels[0, 1:]:
-                _draw_score(right, log, score_key, score_name, levels or {})
+                _draw_score(right, log, score_key, score_name, levels or {}, is_percent=is_percent)
                 right.set_ylabel(axis)
                 right.set_title(panel_title, loc="left", fontsize=10, color=GRAY)
             for panel in panels[0]:
@@ -143,9 +145,9 @@ def _epochs_of(points: list[tuple[int, float]], log: RunLog) -> list[float]:
     return [step / (steps_per_epoch or max(step for step, _ in points) or 1) for step, _ in points]
 
 
-def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float | None]) -> None:
+def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float | None], *, is_percent: bool) -> None:
     epochs, scores = log.series(key)
-    scale = 1 if key == "val_score" and any(score > 1 for score in scores) else 100
+    scale = 1 if is_percent or key == "val_score" and any(score > 1 for score in scores) else 100
     top = 100.0
     if scores:
         percent = [scale * score for score in scores]

@@ -14,8 +14,6 @@ from data.llava_sampler import (
     grouped_order,
     modality_grouped_order,
     modality_length,
-    sample_length,
-    words_of,
 )
 from data.metrics.vizwiz import (
     answerability_scores,
@@ -26,6 +24,7 @@ from data.metrics.vizwiz import (
     vizwiz_accuracy,
 )
 from data.vizwiz import (
+    ANSWERS_KEY,
     SUFFIX,
     ConversionOptions,
     VizWizAnswer,
@@ -174,12 +173,9 @@ def test_epochs_differ_and_other_draws_change_nothing():
 
 
 def test_words_lie_between_white_space_and_texts_are_negative():
-    conversations = [{"from": "human", "value": "<image>\nwhat  is\tthis"}, {"from": "gpt", "value": "a cup"}]
-    assert words_of(conversations) == 6
-    assert modality_length({"image": "a.jpg", "conversations": conversations}) == 6
-    assert modality_length({"conversations": conversations}) == -6
-    assert sample_length({"image": "a.jpg", "conversations": conversations}) == 134
-    assert sample_length({"conversations": conversations}) == 6
+    texts = ["<image>\nwhat  is\tthis", "a cup"]
+    assert modality_length(texts, has_image=True) == 6
+    assert modality_length(texts, has_image=False) == -6
 
 
 def test_a_sample_without_words_is_refused_by_number():
@@ -406,10 +402,23 @@ def test_broken_result_lines_are_counted_and_the_last_answer_holds(tmp_path):
     assert read_results(tmp_path / "r.jsonl") == ({"a": "y"}, 1)
 
 
-@pytest.mark.parametrize("line", ['{"question_id": "a"}', '{"question_id": 1, "text": "x"}', "[]"])
-def test_a_result_without_id_or_text_is_refused_by_line(tmp_path, line):
+def test_ids_of_results_keep_their_kind(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"question_id": 1, "text": "x"}\n{"question_id": "1", "text": "y"}\n')
+    assert read_results(tmp_path / "r.jsonl") == ({1: "x", "1": "y"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question_id": "a"}', '"text" must be a text, got None'),
+        ('{"question_id": true, "text": "x"}', '"question_id" must be a text or a whole number, got True'),
+        ('{"text": "x"}', '"question_id" must be a text or a whole number, got None'),
+        ("[]", "a line must be"),
+    ],
+)
+def test_a_result_without_id_or_text_is_refused_by_line_and_key(tmp_path, line, message):
     (tmp_path / "r.jsonl").write_text('{"question_id": "a", "text": "x"}\n' + line)
-    with pytest.raises(DataError, match="r.jsonl:2: a line must have"):
+    with pytest.raises(DataError, match=f"r.jsonl:2: {message}"):
         read_results(tmp_path / "r.jsonl")
 
 
@@ -423,7 +432,10 @@ def test_questions_are_read_back_and_incomplete_ones_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(questions[0]))
     assert read_questions(tmp_path / "q.jsonl") == questions
     (tmp_path / "q.jsonl").write_text('{"question_id": "a", "image": "a.jpg"}')
-    with pytest.raises(DataError, match="q.jsonl:1: a line must have"):
+    with pytest.raises(DataError, match='q.jsonl:1: "text" must be a text, got None'):
+        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1.5, "image": "a.jpg", "text": "?"}')
+    with pytest.raises(DataError, match='q.jsonl:1: "question_id" must be a text or a whole number, got 1.5'):
         read_questions(tmp_path / "q.jsonl")
 
 
@@ -472,11 +484,11 @@ def test_a_write_that_fails_leaves_the_old_submission_and_no_rest(tmp_path, monk
 def test_everybodys_answer_is_kept_for_the_epochs_to_draw_from_or_becomes_a_sample():
     row = a_row(*((text,) for text in ("A cup.", "a mug", "a mug", ".", "cup")))
     (entry,) = training_file([row], ConversionOptions(answer_choice="sample")).entries
-    assert entry["answers"] == ["cup", "mug", "mug", "cup"]
+    assert entry[ANSWERS_KEY] == ["cup", "mug", "mug", "cup"]
     assert entry["conversations"][-1]["value"] == "cup"
     entries = training_file([row], ConversionOptions(answer_choice="all")).entries
     assert [entry["conversations"][-1]["value"] for entry in entries] == ["cup", "mug", "mug", "cup"]
     assert len({entry["id"] for entry in entries}) == 4
-    assert all("answers" not in entry for entry in entries)
+    assert all(entry.keys() == {"id", "image", "conversations"} for entry in entries)
     (alone,) = training_file([a_row((".",), ("the",))], ConversionOptions(answer_choice="all")).entries
     assert alone["conversations"][-1]["value"] == "unanswerable"

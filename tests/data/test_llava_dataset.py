@@ -15,6 +15,7 @@ from data.llava_conversation import IGNORE_INDEX, TEMPLATES
 from data.llava_dataset import LlavaCollate, LlavaDataset, read_conversations
 from data.llava_images import LlavaTransform
 from data.tokenizers.llama import IMAGE_TOKEN_ID, LlamaTokenizer
+from data.vizwiz import ANSWERS_KEY
 from tests.parity.fixture_files import DEFAULT_FOLDER
 
 SIDE = 20
@@ -70,6 +71,7 @@ def test_a_batch_mixes_images_and_text_alone(dataset_of):
 BAD = {
     "no list": ({"a": 1}, "must hold a list of samples"),
     "no turns": ([{"id": "x"}], 'needs "conversations"'),
+    "no turn": ([said(conversations=[])], 'has no turn in its "conversations"'),
     "no text": ([said(answer=3)], "has a turn whose value is no text"),
     "an image without its place": ([said("What?")], "has an image but no <image> in its text"),
     "a place without an image": ([said(image=None)], "has <image> but no image"),
@@ -97,7 +99,7 @@ def test_a_sample_that_cannot_be_learned_or_read_is_named(dataset_of):
 
 
 def test_of_several_answers_each_epoch_learns_one(dataset_of):
-    dataset = dataset_of(said(answers=["a cup", "a mug", "a glass"]))
+    dataset = dataset_of(said(**{ANSWERS_KEY: ["a cup", "a mug", "a glass"]}))
 
     def learned(seed: int) -> tuple[int, ...]:
         labels = dataset.sample(0, np.random.default_rng(seed)).encoded.labels
@@ -110,5 +112,12 @@ def test_of_several_answers_each_epoch_learns_one(dataset_of):
 
 
 def test_answers_that_are_no_texts_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r'"answers" must be a list of texts'):
-        read_conversations(write(tmp_path, [said(answers=["a", 3])]))
+    with pytest.raises(DataError, match=r'"plainvl_answers" must be a list of texts'):
+        read_conversations(write(tmp_path, [said(**{ANSWERS_KEY: ["a", 3]})]))
+
+
+def test_keys_of_other_peoples_files_change_nothing(tmp_path):
+    """Data sets of questions often keep what people said under "answers"."""
+    (sample,) = read_conversations(write(tmp_path, [said(answers=["a mug"], category="x")]))
+    assert sample.variants() == [sample.turns]
+    assert sample.turns[-1] == ("gpt", "a cup")

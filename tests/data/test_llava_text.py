@@ -260,3 +260,12 @@ def test_a_batch_is_padded_to_its_longest_row_and_cut():
     assert batch["labels"].tolist() == [[-100, 5, 2, -100], [-100, -100, -100, 7]]
     assert batch["mask"].tolist() == [[True, True, True, False], [True] * 4]
     assert batch["mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("pad_id", [0, 2])
+def test_the_padding_is_told_by_the_length_and_not_by_the_id(pad_id):
+    """A literal <unk> and the </s> of an answer are tokens, whatever fills up."""
+    samples = [Encoded([1, 0, 5, 2], [-100, -100, 5, 2]), Encoded([1, 6, 2], [-100, 6, 2])]
+    batch = collate(samples, pad_id=pad_id, max_length=9)
+    assert batch["mask"].tolist() == [[True] * 4, [True, True, True, False]]
+    assert collate(samples[:1], pad_id=pad_id, max_length=9)["mask"].tolist() == [[True] * 4]

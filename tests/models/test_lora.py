@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import ModelError
 from models.linear import Linear
@@ -65,6 +66,45 @@ def test_merged_is_unmerged(block):
     assert_close(block(x), before, atol=1e-5, rtol=1e-5)
 
 
+def test_merged_into_another_dtype_and_as_the_original_does(block):
+    add_adapters(block, CONFIG)
+    trained(block)
+    layer, weight = block.q_proj, block.q_proj.weight.clone()
+    a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+    assert torch.equal(layer.merged(torch.float16).weight, (weight + 2 * (b @ a)).half())
+    rounded = weight.half() + (2 * (b.half().float() @ a.half().float())).half()
+    assert torch.equal(layer.merged(torch.float16, like_original=True).weight, rounded)
+    assert not torch.equal(layer.merged(torch.float16).weight, rounded)
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.lora_B.weight, b)  # merging twice gives the same
+    assert merge_adapters(block, torch.float16) == 2
+    assert block.q_proj.weight.dtype == block.o_proj.weight.dtype == torch.float16
+
+
+def test_under_autocast_the_input_is_cast_to_16_bits_once(block):
+    """In float32 it would be copied twice for each adapter, of which there are seven a layer."""
+    add_adapters(block, CONFIG)
+    trained(block)
+    layer = block.bfloat16().q_proj
+    layer.lora_A.float(), layer.lora_B.float()
+    x, copies = torch.randn(2, 4, 5, dtype=torch.bfloat16, requires_grad=True), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == x.shape:
+                copies.append(kwargs)
+            return func(*args, **kwargs or {})
+
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        found = layer(x)
+    assert copies == []
+    assert found.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.float()).dtype == torch.bfloat16  # as what is frozen, whatever came in
+    exact = x.float() @ layer.weight.float().t() + layer.bias.float() + x.float() @ layer.change().t()
+    assert_close(found.float(), exact, atol=0.03, rtol=0.02)
+
+
 def test_dropout_acts_on_the_adapters_input_alone(block):
     add_adapters(block, LoRAConfig(r=3, lora_alpha=6, lora_dropout=0.5, target_modules=("q_proj",)))
     x = torch.randn(4, 5)
@@ -112,7 +152,10 @@ def test_adapters_that_do_not_fit_are_refused(block):
     "change",
     [
         {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"rank_pattern": {"q": 4}},
-        {"modules_to_save": ["lm_head"]}, {"r": 0}, {"target_modules": "all-linear"}, {"fan_in_fan_out": True},
+        {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "loftq"},
+        {"use_qalora": True}, {"target_parameters": ["q_proj.weight"]}, {"trainable_token_indices": [3]},
+        {"alora_invocation_tokens": [3, 4]}, {"kasa_config": {"beta": 0.1}}, {"arrow_config": {"top_k": 3}}, {"r": 0},
+        {"target_modules": "all-linear"}, {"fan_in_fan_out": True},
     ],
 )  # fmt: skip
 def test_options_that_change_the_arithmetic_are_refused_by_name(change):

@@ -20,7 +20,6 @@ from data.llava_sampler import (
     grouped_order,
     modality_grouped_order,
     modality_length,
-    sample_length,
 )
 from data.metrics.vizwiz import (
     answerability_scores,
@@ -136,8 +135,11 @@ def test_samples_are_dealt_out_as_recorded():
 def test_lengths_of_samples_are_as_recorded():
     outputs = load_fixture("llava_sampler.pt")["outputs"]
     samples = json.loads(outputs["conversations"])
-    assert [sample_length(sample) for sample in samples] == outputs["lengths"]
-    assert [modality_length(sample) for sample in samples] == outputs["modality_lengths"]
+    found = [
+        modality_length((turn["value"] for turn in sample["conversations"]), has_image="image" in sample)
+        for sample in samples
+    ]
+    assert found == outputs["modality_lengths"]
 
 
 def test_the_learning_rates_of_the_original_are_those_of_the_engine():

@@ -56,7 +56,7 @@ def of_hf(tiny: Path, weights: Path | None = None) -> LlavaForCausalLM:
     values = read(tiny / "llava-hf" / "config.json")
     vision = CLIPVisionConfig.from_dict(values["vision_config"])
     model = build(LlavaConfig.from_hf(values), vision)
-    load_stream(model, stream_weights(weights or tiny / "llava-hf"), dtype=torch.float32)
+    load_stream(model, stream_weights(weights or tiny / "llava-hf"), dtype=torch.float32, padded_tables=True)
     assert missing_weights(model) == []
     return model
 
@@ -135,6 +135,12 @@ def test_foreign_names_and_shapes_are_refused(tiny):
         load_stream(model, [("bert.x", torch.zeros(1))])
     with pytest.raises(ModelError, match=r"lm_head.weight is \(3, 3\), the model's"):
         load_stream(model, [("lm_head.weight", torch.zeros(3, 3))])
+    rows, width = model.lm_head.weight.shape
+    longer = [("lm_head.weight", torch.ones(rows + 20, width))]
+    with pytest.raises(ModelError, match=rf"lm_head.weight is \({rows + 20}, {width}\), the model's"):
+        load_stream(model, longer)
+    load_stream(model, longer, padded_tables=True)
+    assert torch.equal(model.lm_head.weight, torch.ones(rows, width))
 
 
 def test_missing_shards_and_tensors_are_named(tiny, tmp_path):

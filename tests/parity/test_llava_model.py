@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.clip_vision import CLIPVisionConfig, CLIPVisionTransformer
 from models.linear import Linear
@@ -222,6 +223,30 @@ def test_joined_sequences_logits_and_loss(multimodal, case):
 
 
 # ---- adapters ----
+
+
+def test_joining_reads_the_ids_once_and_waits_for_the_device_nowhere_else(multimodal):
+    recording, model = multimodal
+    inputs, waits = recording["inputs"], []
+    asks = {
+        *(torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default),
+        *(torch.ops.aten.masked_select.default, torch.ops.aten.equal.default),
+    }
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            by_mask = func is torch.ops.aten.index.Tensor and any(i.dtype == torch.bool for i in args[1])
+            if func in asks or by_mask:
+                waits.append(func)
+            return func(*args, **kwargs or {})
+
+    features = model.tower_features(inputs["pixel_values"])
+    with Watch():
+        rows = model.rows(
+            inputs["input_ids"], features=features, mask=inputs["attention_mask"], labels=inputs["labels"]
+        )
+    assert len(rows.embeds) == len(inputs["input_ids"])
+    assert waits == []
 
 
 def adapted(recording: dict[str, Any]) -> LlavaForCausalLM:

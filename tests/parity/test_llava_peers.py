@@ -3,6 +3,7 @@
 Measured: logits at most 2e-6 of their largest value; ids equal.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.weights import stream_weights
 from models.clip_vision import CLIPVisionConfig
+from models.errors import ModelError
 from models.linear import Linear
 from models.llava.config import LlamaConfig, LlavaConfig
 from models.llava.generation import Decoding, generate
@@ -66,7 +68,7 @@ def test_transformers_llava_saved_to_disk_gives_the_same_logits_and_answers(tmp_
     values = json.loads((tmp_path / "config.json").read_text())
     with torch.device("meta"):
         ours = LlavaForCausalLM(LlavaConfig.from_hf(values), CLIPVisionConfig.from_dict(values["vision_config"])).eval()
-    load_stream(ours, stream_weights(tmp_path))
+    load_stream(ours, stream_weights(tmp_path), padded_tables=True)
     assert missing_weights(ours) == []
     pixels, patches = torch.randn(2, 3, 20, 20), (20 // 5) ** 2
     ids = torch.tensor([[1, 5, IMAGE_PLACE, 9, 12, 30], [1, 7, 8, IMAGE_PLACE, 3, 4]])
@@ -91,6 +93,58 @@ def test_transformers_llava_saved_to_disk_gives_the_same_logits_and_answers(tmp_
     )[:, repeated.shape[1] :]
     answers = generate(ours, ours.join(ids, pixels, padding_side="left"), Decoding(max_new_tokens=8))
     assert torch.equal(answers, written)
+
+
+def test_keys_that_a_config_leaves_out_are_transformers_defaults():
+    """Older versions write what differs from the defaults alone; sizes small enough to run are given."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 70}
+    vision = {"intermediate_size": 40, "num_hidden_layers": 1, "image_size": 64}
+    values = {"text_config": text, "vision_config": vision, "image_token_index": IMAGE_TOKEN}
+    kinds = {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "clip_vision_model"}}
+    peer = transformers.LlavaConfig.from_dict(values | {key: values[key] | kind for key, kind in kinds.items()})
+    ours, tower = LlavaConfig.from_hf(values), CLIPVisionConfig.from_dict(vision)
+    for config, theirs in ((ours.text, peer.text_config), (tower, peer.vision_config)):
+        own = dataclasses.asdict(config)
+        common = {key for key in own if hasattr(theirs, key)} - {"vocab_size", "pad_token_id"}
+        assert len(common) >= 8
+        assert {key: own[key] for key in common} == {key: getattr(theirs, key) for key in common}
+    assert ours.mm_hidden_size == tower.hidden_size == 768
+    # LLaVA's own layout, with sizes that have no default here
+    assert LlamaConfig.from_dict(text | {"num_attention_heads": 32}) == dataclasses.replace(ours.text, vocab_size=70)
+
+    torch.manual_seed(2)
+    sizes = text | {"num_attention_heads": 4}
+    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    with torch.no_grad():
+        language.model.embed_tokens.weight.mul_(0.05)  # so small that the norms' epsilon counts
+    decoder = Decoder(LlamaConfig.from_dict(sizes)).eval()
+    load_weights(decoder, language.state_dict(), may_be_extra=("*rotary_emb*",))
+    ids = torch.randint(3, 60, (2, 9))
+    with torch.no_grad():
+        assert_near(decoder(ids), language(ids).logits)
+
+
+@pytest.mark.parametrize("with_whole_clip", [True, False])
+def test_the_tower_of_a_clip_saved_by_transformers(tmp_path, with_whole_clip):
+    """Version 5 saves the tower alone without ``vision_model.`` in its names."""
+    torch.manual_seed(3)
+    vision = transformers.CLIPVisionConfig(**VISION)
+    peer = transformers.CLIPVisionModel(vision).eval()
+    peer.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("embeddings.") for name in state)
+    if with_whole_clip:
+        save_file({f"vision_model.{name}": value for name, value in state.items()}, tmp_path / "model.safetensors")
+    values = json.loads((tmp_path / "config.json").read_text())
+    config = LlavaConfig(LlamaConfig.from_dict(TEXT), mm_hidden_size=24, mm_vision_select_layer=-2)
+    with torch.device("meta"):
+        ours = LlavaForCausalLM(config, CLIPVisionConfig.from_dict(values)).eval()
+    load_stream(ours, stream_weights(tmp_path))
+    assert not [name for name in missing_weights(ours) if "vision_tower" in name]
+    pixels = torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        expected = peer(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert_near(ours.tower_features(pixels), expected)
 
 
 def language_models() -> tuple[nn.Module, Decoder]:
@@ -128,6 +182,33 @@ def test_an_adapter_of_pefts_loads_here(tmp_path):
     config = LoRAConfig.from_dict(json.loads((Path(tmp_path) / "adapter_config.json").read_text()))
     assert set(config.target_modules) == set(targets)
     add_adapters(ours.model.layers, config)
+    load_adapters(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    ids = torch.randint(3, 60, (2, 9))
+    with torch.no_grad():
+        assert_near(ours.eval()(ids), adapted(ids).logits)
+
+
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_2")
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("ignore")
+def test_starts_of_pefts_that_change_the_base_are_refused_and_the_others_load(tmp_path, start):
+    peer, ours = language_models()
+    before = {name: value.clone() for name, value in peer.state_dict().items()}
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=start, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(peer, settings).eval()
+    base = {name.replace(".base_layer", ""): value for name, value in adapted.base_model.model.state_dict().items()}
+    keeps = all(torch.equal(base[name], value) for name, value in before.items())
+    adapted.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    if not keeps:
+        with pytest.raises(ModelError, match=f"init_lora_weights {start!r} is not implemented here"):
+            LoRAConfig.from_dict(values)
+        return
+    add_adapters(ours.model.layers, LoRAConfig.from_dict(values))
     load_adapters(ours, load_file(tmp_path / "adapter_model.safetensors"))
     ids = torch.randint(3, 60, (2, 9))
     with torch.no_grad():

@@ -12,6 +12,8 @@ import torch
 from data.errors import DataError
 from data.llava_conversation import TEMPLATES
 from data.vizwiz import SUFFIX
+from engine.errors import RunError
+from engine.weights import read_state_dict
 from models.llava.llava import LlavaForCausalLM
 from scripts import ask, ask_llava
 from tests.parity.fixture_files import fixture_path
@@ -166,6 +168,21 @@ def test_a_language_model_alone_is_refused(folders):
 def test_a_question_that_leaves_no_room_is_refused(tiny):
     with pytest.raises(DataError, match=r"--question: number 2 takes \d+ places"):
         ask.main(argv(tiny, "llava", "--question", "a", "b " * 3000, "--max_new_tokens", "2000"))
+
+
+def test_a_projector_and_damaged_weights_are_named(folders):
+    state = read_state_dict(folders / "llava")
+    state["lm_head.weight"] = state["lm_head.weight"] * float("nan")
+    (folders / "stage1").mkdir()
+    shutil.copy(folders / "llava/config.json", folders / "stage1")
+    torch.save({"model.mm_projector.0.weight": torch.zeros(1)}, folders / "stage1/mm_projector.bin")
+    with pytest.raises(DataError, match=r"stage1 holds a projector \(mm_projector.bin\), no model"):
+        ask.main(argv(folders, "stage1", "--question", "why?"))
+    for path in (folders / "llava").glob("pytorch_model*"):
+        path.unlink()
+    torch.save(state, folders / "llava/pytorch_model.bin")
+    with pytest.raises(RunError, match="not finite numbers: .*try --dtype bfloat16 or float32"):
+        ask.main(argv(folders, "llava", "--question", "why?"))
 
 
 def test_flags_of_llava_are_refused_elsewhere(tiny):

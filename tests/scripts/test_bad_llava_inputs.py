@@ -1,8 +1,10 @@
 """Whatever a user can get wrong with LLaVA's training: exit code 2, one line that names it, nothing overwritten."""
 
+import ast
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scripts.llava_args import build_parser
 from scripts.program import run
 from tests.scripts.llava_run import BASE, IMAGES, TINY, TOWER, conversation, program, rows, train_flags, trained_run
 from tests.scripts.vqa_run import the_error_line, tree
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Case:
@@ -44,12 +49,33 @@ class Case:
         places = ("--image_folder", self.images)
         return train_flags(self.output, "--max_steps", 1, *places, *more, model=self.model, data=self.data)
 
+    def resume(self, *more: object, written: dict[str, dict] | None = None) -> list[str]:
+        """An epoch has been trained on this model; ``written`` is changed in its checkpoint's files."""
+        checkpoint = Path(shutil.copytree(trained_run() / "checkpoint-0", self.output / "checkpoint-0"))
+        (self.output / "latest").write_text("checkpoint-0\n")
+        changed = {"adapter_config.json": {"base_model_name_or_path": str(self.model)}}
+        for name, values in (written or {}).items():
+            changed[name] = changed.get(name, {}) | values
+        for name, values in changed.items():
+            content = json.loads((checkpoint / name).read_text()) | values
+            (checkpoint / name).write_text(json.dumps(content))
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+            new = (checkpoint / name).read_bytes()
+            manifest["files"][name] = {"bytes": len(new), "crc32": zlib.crc32(new)}
+            (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        return self.train("--max_steps", -1, "--num_train_epochs", 2, *more)
+
     def config(self, **values: object) -> list[str]:
         path = self.model / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
         return self.train()
 
 
+# what LLaVA's program has no flags for, or refuses before the engine sees it
+NOT_OF_LLAVA = {"--model_ema", "--model_ema_decay", "--layer_decay", "--opt_betas", "--opt_eps"}
+OF_OTHER_PROGRAMS = {"--nnodes", "--nproc_per_node", "--shm-size", "--ipc", "--upgrade", "--signal"}
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 MET_IN_A_STEP = ("an_image_that_is_none",)
 BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
 
@@ -158,11 +184,44 @@ def a_projector_file_of_something_else(case):
     return case.train("--pretrain_mm_mlp_adapter", case.tmp / "other.bin")
 
 
-@bad(r"was written by a run of another model or other parameter groups")
+@bad(r"checkpoint-0 is of another run \(--lora_r 8 instead of 4\): give the same flags, or another --output_dir")
 def a_checkpoint_of_another_rank(case):
-    shutil.copytree(trained_run() / "checkpoint-0", case.output / "checkpoint-0")
-    (case.output / "latest").write_text("checkpoint-0\n")
-    return [*case.train("--max_steps", -1, "--num_train_epochs", 2), "--lora_r", "8"]
+    return case.resume("--lora_r", 8)
+
+
+@bad(r"is of another run \(--lora_alpha 800.0 instead of 8.0\)")
+def a_checkpoint_of_another_scale(case):
+    return case.resume("--lora_alpha", 800, "--lora_dropout", 0.5)
+
+
+@bad(r"is of another run \(--model_name_or_path .*other instead of .*llava\)")
+def a_checkpoint_of_another_base(case):
+    shutil.copytree(BASE, case.model.with_name("other"))
+    return case.resume("--model_name_or_path", case.model.with_name("other"))
+
+
+@bad(r"is of another run \(target_modules \[.*'v_proj'\] instead of \['q_proj', 'v_proj'\]\)")
+def a_checkpoint_of_other_adapted_layers(case):
+    return case.resume(written={"adapter_config.json": {"target_modules": ["v_proj", "q_proj"]}})
+
+
+@bad(r"is of another run \(mm_vision_select_layer -1 instead of -2\)")
+def a_checkpoint_of_another_layer_of_the_tower(case):
+    path = case.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mm_vision_select_layer": -1}))
+    return case.resume()
+
+
+@bad(r"is of another run \(it trained adapters, this one trains the projector alone\)")
+def a_checkpoint_of_another_kind(case):
+    return case.resume("--tune_mm_mlp_adapter", "True")
+
+
+@bad(r"is of another run \(--model_name_or_path .*other instead of .*llava\)")
+def a_projectors_checkpoint_of_another_base(case):
+    shutil.copytree(BASE, case.model.with_name("other"))
+    program(*case.train("--tune_mm_mlp_adapter", "True"))
+    return case.train("--tune_mm_mlp_adapter", "True", "--model_name_or_path", case.model.with_name("other"))
 
 
 # ---- the data ----
@@ -299,6 +358,31 @@ def a_validation_under_stage_3(case):
     return case.train("--deepspeed", "scripts/zero3.json", *labelled_questions(case.tmp), "--val_image_folder", IMAGES)
 
 
+@bad(r"--lora_dropout: must be below 1, got 1")
+def a_dropout_that_leaves_nothing(case):
+    return case.train("--lora_dropout", 1)
+
+
+@bad(r"--lora_alpha: must be a finite number, got 1e400")
+def an_infinite_scale(case):
+    return case.train("--lora_alpha", "1e400")
+
+
+@bad(r"--num_train_epochs: must be at most 1e\+06, got inf")
+def endless_training(case):
+    return case.train("--num_train_epochs", "inf")
+
+
+@bad(r"--seed: must be below 2\*\*63, got 99999999999999999999999")
+def a_seed_that_no_generator_takes(case):
+    return case.train("--seed", "99999999999999999999999")
+
+
+@bad(r"2 training samples do not fill one step of 4 .*lower the batch size or add data")
+def fewer_samples_than_a_step_in_any_order(case):
+    return case.train("--limit_samples", 2, "--group_by_modality_length", "False")
+
+
 @bad(r"--resume .*: no checkpoint folder of a run there")
 def nothing_to_resume(case):
     return case.train("--resume_from_checkpoint", case.tmp / "nothing")
@@ -320,3 +404,18 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, name):
     if name in MET_IN_A_STEP:  # by then the run has begun
         after.pop(str(case.output / "run.json"))
     assert after == before
+
+
+def test_the_engine_names_no_flag_that_llavas_program_lacks():
+    known = {name for action in build_parser()._actions for name in action.option_strings}
+    named = {}
+    for path in sorted((ROOT / "engine").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)}
+        texts = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", "\n".join(texts - docstrings)):
+            named.setdefault(flag, path.name)
+    assert len(named) > 10
+    assert {f: place for f, place in named.items() if f not in known | NOT_OF_LLAVA | OF_OTHER_PROGRAMS} == {}

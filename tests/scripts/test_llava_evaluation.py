@@ -20,8 +20,10 @@ from data.llava_images import LlavaTransform
 from data.llava_questions import answer_ids, encode_questions, read_llava_questions
 from data.vizwiz import VizWizAnswer, VizWizRow
 from models.llava.generation import Decoding, beam_search
-from scripts import convert_vizwiz_for_submission, format_result_for_submission, llava_vqa, model_vqa_loader
+from models.lora import LoRALinear
+from scripts import ask, convert_vizwiz_for_submission, format_result_for_submission, llava_vqa, model_vqa_loader
 from scripts.llava_folder import read_llava_folder
+from scripts.llava_inference import inference_dtype, settle_adapters
 from scripts.program import run
 from tests.helpers import run_in_processes, run_program
 from tests.parity.fixture_files import fixture_path, load_fixture
@@ -191,6 +193,36 @@ def test_lower_precision_and_fewer_samples(tiny, asked, tmp_path, capsys):
     program(*flags(tiny, asked, tmp_path / "a.jsonl", "--amp", "bf16", "--limit_samples", "2", model="llava-lora"))
     assert "2 questions for llava-lora in bfloat16" in capsys.readouterr().err
     assert [row["question_id"] for row in read_lines(tmp_path / "a.jsonl")] == ["q0", "q1"]
+
+
+def test_weights_are_float16_on_a_gpu_for_every_program():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert inference_dtype(None, cuda) is torch.float16  # also where the device has bfloat16, as the original
+    assert inference_dtype(None, cpu) is torch.float32
+    assert inference_dtype(torch.bfloat16, cuda) is torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "is_merged"), [("float16", True), ("bfloat16", False), ("float32", True)])
+def test_adapters_are_merged_where_their_changes_survive_the_rounding(tiny, dtype, is_merged):
+    folder = read_llava_folder(tiny / "llava-lora", dtype=getattr(torch, dtype))
+    exact = read_llava_folder(tiny / "llava-lora", dtype=torch.float32).model
+    name = "layers.0.self_attn.q_proj"
+    adapted = exact.model.get_submodule(name)
+    settle_adapters(folder.model, getattr(torch, dtype))
+    layer = folder.model.model.get_submodule(name)
+    assert isinstance(layer, LoRALinear) is not is_merged
+    if is_merged:
+        expected = (adapted.weight + adapted.change()).to(getattr(torch, dtype))  # rounded once
+        assert torch.equal(layer.weight, expected)
+    else:
+        assert torch.equal(layer.change(), adapted.change())
+
+
+def test_both_programs_leave_adapters_unmerged_in_bfloat16(tiny, asked, tmp_path, capsys):
+    program(*flags(tiny, asked, tmp_path / "a.jsonl", "--amp", "bf16", "--limit_samples", 1, model="llava-lora"))
+    image = ["--image", str(tiny / "images/valid_00000.png"), "--device", "cpu", "--max_new_tokens", "2"]
+    ask.main(["--checkpoint", str(tiny / "llava-lora"), "--question", "why?", "--dtype", "bfloat16", *image])
+    assert capsys.readouterr().err.count("in bfloat16 the adapter is not merged") == 2
 
 
 def test_a_dry_run_writes_nothing(tiny, asked, tmp_path, capsys):
@@ -429,6 +461,24 @@ def test_a_question_without_answer_is_named(tmp_path):
         convert_vizwiz_for_submission.main([*map(str, argv), "--result-upload-file", str(tmp_path / "r.jsonl")])
 
 
+def test_numbered_questions_of_llavas_own_file_go_from_the_evaluation_to_the_upload(tiny, tmp_path):
+    """Its llava_test.jsonl and answers files have whole numbers as ids, and a category."""
+    rows = [
+        row | {"question_id": number, "category": "default"}
+        for number, row in enumerate(read_lines(tiny / "questions.jsonl"))
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program(*flags(tiny, tmp_path / "q.jsonl", tmp_path / "a.jsonl", "--upload-file", tmp_path / "first.json"))
+    written = read_lines(tmp_path / "a.jsonl")
+    assert [row["question_id"] for row in written] == list(range(len(rows)))
+    expected = load_fixture("llava_tiny/expected.pt")["outputs"]["llava"]
+    assert [row["text"] for row in written] == [e["text"] for e in expected]
+    argv = ["--annotation-file", tmp_path / "q.jsonl", "--result-file", tmp_path / "a.jsonl"]
+    convert_vizwiz_for_submission.main([*map(str, argv), "--result-upload-file", str(tmp_path / "second.json")])
+    assert (tmp_path / "second.json").read_bytes() == (tmp_path / "first.json").read_bytes()
+    assert [e["image"] for e in json.loads((tmp_path / "second.json").read_text())] == [row["image"] for row in rows]
+
+
 # ---- images ----
 
 
@@ -443,7 +493,7 @@ def test_broken_images_are_named_or_replaced(tiny, asked, tmp_path, whole, capsy
     more = broken_image(tiny, tmp_path)
     code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", *more))
     assert code == 2
-    assert re.search(r"question 2 \(q1\): .*valid_00001\.png", line), line
+    assert re.search(r"question 2 \(q1\): .*valid_00001\.png: .*from the data file that names it", line), line
     assert not (tmp_path / "a.jsonl").exists()
     program(*flags(tiny, asked, tmp_path / "a.jsonl", "--skip_broken_images", *more))
     assert "warning: 3 images could not be read" in capsys.readouterr().err
@@ -458,7 +508,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_one_line(tiny, asked, tmp_
     for more in ((), ("--num_beams", "2"), ("--temperature", "1")):
         code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", "--batch_size", "3", *more))
         assert code == 1
-        assert re.search(r"questions 1 to 3 of the file: .*not finite.*--amp bf16", line), line
+        assert re.search(r"questions 1 to 3 of the file: .*not finite.*try bfloat16 or float32", line), line
 
 
 # ---- what can be wrong ----
@@ -502,6 +552,22 @@ def bad(message: str) -> Callable:
         return function
 
     return register
+
+
+@pytest.mark.parametrize(
+    "more", [("--temperature", "1e-6"), *[("--num_beams", "2", "--length_penalty", p) for p in ("-10", "10")]]
+)
+def test_the_most_that_is_taken_still_answers(tiny, asked, tmp_path, more):
+    program(*flags(tiny, asked, tmp_path / "a.jsonl", "--limit_samples", "2", *more))
+    assert len(texts(tmp_path / "a.jsonl")) == 2
+
+
+def test_flags_of_other_ways_to_answer_are_reported(tiny, asked, tmp_path):
+    drawn = ("--top_p", "0.5", "--seed", "4")
+    notes = model_vqa_loader.parse_args(flags(tiny, asked, tmp_path / "a.jsonl", *drawn, "--length_penalty", "3")).notes
+    assert [note.split()[0] for note in notes] == ["--top_p", "--seed", "--length_penalty"]
+    for more in ((*drawn, "--temperature", "1"), ("--num_beams", "2", "--length_penalty", "3")):
+        assert model_vqa_loader.parse_args(flags(tiny, asked, tmp_path / "a.jsonl", *more)).notes == []
 
 
 def failure(capsys: pytest.CaptureFixture, argv: list[str]) -> tuple[int, str]:
@@ -594,7 +660,7 @@ def plain_language_model(case):
     return case.flags("--vision-tower", case.tiny / "clip")
 
 
-@bad(r'questions\.jsonl:3: a line must have the texts "question_id", "image" and "text"')
+@bad(r'questions\.jsonl:3: "image" must be a text, got None')
 def question_without_image(case):
     return case.question(2, image=None)
 
@@ -613,6 +679,12 @@ def no_question_file(case):
 @bad(r"question 5 \(q1\) has the id of question 2; answers are told apart by it")
 def duplicate_id(case):
     return case.question(4, question_id="q1")
+
+
+@bad(r"question 5 \(7\) has the id of question 2; answers are told apart by it")
+def duplicate_number(case):
+    case.question(1, question_id=7)
+    return case.question(4, question_id=7)
 
 
 @bad(r"question 1 \(q0\): '\.\./secret\.png' contains '\.\.'")
@@ -677,20 +749,34 @@ def drawn_beams(case):
     return case.flags("--num_beams", "2", "--temperature", "0.5")
 
 
-@bad(r"--amp fp16 needs a CUDA device")
+@bad(r"float16 needs a CUDA device")
 def half_precision_on_the_cpu(case):
     return case.flags("--amp", "fp16")
-
-
-@bad(r"image_aspect_ratio 'anyres' .* is not implemented here")
-def tiles(case):
-    case.config("llava", image_aspect_ratio="anyres")
-    return case.flags()
 
 
 @bad(r"--top_p/--top-p: must be above 0, got 0")
 def no_probability(case):
     return case.flags("--top_p", "0")
+
+
+@bad(r"temperature must be 0 .*or at least 1e-06 and finite, got 1e-40")
+def too_cold(case):
+    return case.flags("--temperature", "1e-40")
+
+
+@bad(r"--temperature: must be a finite number, got inf")
+def too_hot(case):
+    return case.flags("--temperature", "inf")
+
+
+@bad(r"length_penalty must lie between -10 and 10, got -2000")
+def too_strong_a_penalty(case):
+    return case.flags("--num_beams", "2", "--length_penalty", "-2000")
+
+
+@bad(r"--length_penalty/--length-penalty: must be a number, got nan")
+def a_penalty_that_is_no_number(case):
+    return case.flags("--num_beams", "2", "--length_penalty", "nan")
 
 
 @bad(r"unrecognized arguments: --temprature 1 \(did you mean --temperature\?")

@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from data.errors import DataError
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
 from engine.weights import read_state_dict
 from models.errors import ModelError
+from scripts import ask, model_vqa_loader
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from scripts.llava_saving import save_adapter, save_full_model
 from scripts.merge_lora_weights import main
 from tests.parity.fixture_files import fixture_path
 from tests.parity.test_llava_loading import assert_answers
+from tests.scripts.llava_run import program, train_flags
+from tests.scripts.vqa_run import read_lines
 
 
 @pytest.fixture
@@ -55,8 +59,9 @@ def test_a_plain_language_model_gets_a_projector(tiny):
     with pytest.raises(DataError, match="without an image tower"):
         read(tiny / "plain")
     assert read(tiny / "plain", vision_tower=tiny / "clip").layout == "llama"
-    folder = read(tiny / "plain", vision_tower=tiny / "clip", projector=tiny / "mm_projector.bin")
-    assert_answers(folder.model, tiny, "llava")
+    for projector in (tiny / "mm_projector.bin", tiny):  # the file, or the folder that it lies in
+        folder = read(tiny / "plain", vision_tower=tiny / "clip", projector=projector)
+        assert_answers(folder.model, tiny, "llava")
 
 
 def test_a_merged_folder_loads_alone(tiny):
@@ -91,7 +96,113 @@ def test_an_adapter_comes_back_as_it_was(tiny):
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("cut", [len("base_model."), len("base_model.model.")])
+def test_what_trained_beside_an_adapter_may_have_less_of_pefts_prefix(tiny, cut):
+    path = tiny / "llava-lora/non_lora_trainables.bin"
+    state = {name[cut:]: value.clone() for name, value in read_state_dict(path).items()}
+    path.unlink()  # what has been read is mapped
+    torch.save(state, path)
+    assert_answers(read(tiny / "llava-lora").model, tiny, "lora")
+
+
+def change_config(path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def with_tower(tiny) -> None:
+    """The base as LLaVA-1.6 is published: tiles, a fine-tuned tower and the end of an image's row in the checkpoint."""
+    config = tiny / "llava/config.json"
+    change_config(
+        config, image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad", unfreeze_mm_vision_tower=True
+    )
+    state = read_state_dict(tiny / "llava")
+    tower = {f"model.vision_tower.vision_tower.{n}": v for n, v in read_state_dict(tiny / "clip").items()}
+    state |= {name: value * 1.1 for name, value in tower.items() if ".vision_model." in name}
+    for path in (tiny / "llava").glob("pytorch_model*"):
+        path.unlink()
+    torch.save(state | {"model.image_newline": torch.zeros(32)}, tiny / "llava/pytorch_model.bin")
+
+
+def test_a_base_of_llava_1_6_is_read_with_whole_images(tiny, capsys):
+    with_tower(tiny)
+    folder = read(tiny / "llava")
+    said = capsys.readouterr().err
+    assert "asks for tiles of LLaVA-1.6 (image_aspect_ratio 'anyres', mm_patch_merge_type 'spatial_unpad')" in said
+    assert said.count("warning") == 1
+    assert (folder.values["image_aspect_ratio"], folder.values["mm_patch_merge_type"]) == ("pad", "flat")
+    name = "pre_layrnorm.weight"
+    own = read_state_dict(tiny / "clip")[f"vision_model.{name}"]
+    assert torch.equal(folder.model.tower.state_dict()[name], own * 1.1)
+
+
+def test_a_base_of_llava_1_6_trains_merges_and_answers_and_answers_alone(tiny, tmp_path, capsys):
+    with_tower(tiny)
+    run, merged, base = tmp_path / "run", tmp_path / "merged", tiny / "llava"
+    fast = ("--max_steps", 4, "--learning_rate", 0.05, "--lr_scheduler_type", "constant")
+    program(*train_flags(run, *fast, "--image_aspect_ratio", "pad", "--mm_patch_merge_type", "flat", model=base))
+    values = json.loads((run / "config.json").read_text())
+    assert (values["image_aspect_ratio"], values["mm_patch_merge_type"]) == ("pad", "flat")
+    main(["--model-path", str(run), "--model-base", str(base), "--save-model-path", str(merged), "--dtype", "float32"])
+    questions = ["--question-file", str(tiny / "questions.jsonl"), "--image-folder", str(tiny / "images")]
+    more = ["--device", "cpu", "--num_workers", "0", "--max_new_tokens", "4"]
+    texts, warnings = {}, {}
+    for name, path in (("merged", merged), ("adapter", run), ("base", base)):
+        capsys.readouterr()
+        output = tmp_path / f"{name}.jsonl"
+        model_vqa_loader.main(["--model-path", str(path), "--answers-file", str(output), *questions, *more])
+        texts[name] = [row["text"] for row in read_lines(output)]
+        warnings[name] = capsys.readouterr().err.count("asks for tiles of LLaVA-1.6")
+    assert texts["merged"] == texts["adapter"] != texts["base"]
+    assert warnings == {"merged": 0, "adapter": 0, "base": 1}
+    image = ["--image", str(tiny / "images/valid_00000.png"), "--device", "cpu", "--max_new_tokens", "4"]
+    ask.main(["--checkpoint", str(base), "--question", "what is this?", "--json", *image])
+    assert json.loads(capsys.readouterr().out)["answer"]
+
+
 # ---- what can be wrong ----
+
+
+def test_another_tower_than_that_of_the_checkpoint_is_refused(tiny):
+    shutil.copytree(tiny / "clip", tiny / "other_clip")
+    assert read(tiny / "llava", vision_tower=tiny / "other_clip").model is not None
+    with_tower(tiny)
+    assert read(tiny / "llava", vision_tower=tiny / "clip").model is not None  # it has the sizes and image settings
+    for folder in ("llava", "llava-hf"):
+        with pytest.raises(ModelError, match="brings its own image tower, so .*other_clip would not be used: leave"):
+            read(tiny / folder, vision_tower=tiny / "other_clip", tokenizer=tiny / "llava")
+
+
+def test_a_projector_with_holes_is_refused_over_every_base(tiny):
+    state = read_state_dict(tiny / "llava")
+    torch.save({"model.mm_projector.0.weight": state["model.mm_projector.0.weight"]}, tiny / "mm_projector.bin")
+    with pytest.raises(ModelError, match=r"mm_projector.bin lacks model.mm_projector.0.bias of a projector mlp2x_gelu"):
+        read(tiny / "llava", projector=tiny / "mm_projector.bin")
+
+
+def test_a_projector_as_the_model_is_named(tiny):
+    (tiny / "stage1").mkdir()
+    shutil.copy(tiny / "llava/config.json", tiny / "stage1")
+    torch.save({}, tiny / "stage1/mm_projector.bin")
+    with pytest.raises(
+        DataError, match=r"stage1 holds a projector \(mm_projector.bin\), no model: .*--pretrain_mm_mlp"
+    ):
+        read(tiny / "stage1")
+
+
+def test_longer_word_tables_are_cut_in_transformers_files_alone(tiny):
+    state, name = read_state_dict(tiny / "llava"), "model.embed_tokens.weight"
+    for path in (tiny / "llava").glob("pytorch_model*"):
+        path.unlink()
+    torch.save(state | {name: torch.cat([state[name], state[name][:20]])}, tiny / "llava/pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"embed_tokens.weight is \(640, 32\), the model's \(620, 32\): other sizes"):
+        read(tiny / "llava")
+
+
+def test_a_number_that_json_has_not_is_not_written(tiny):
+    folder = read(tiny / "llava-lora")
+    with pytest.raises(RunError, match="not JSON compliant"):
+        save_adapter(tiny / "again", replace(folder, adapter=replace(folder.adapter, lora_alpha=float("inf"))))
+    assert not (tiny / "again" / "adapter_config.json").exists()
 
 
 def test_a_missing_shard_is_named(tiny):
@@ -111,6 +222,15 @@ def test_another_name_of_the_base_is_warned_of(tiny, capsys):
     (tiny / "llava").rename(tiny / "other")
     read(tiny / "llava-lora", base=tiny / "other")
     assert "was trained on llava, not on" in capsys.readouterr().err
+
+
+def test_a_base_that_is_a_link_has_either_name(tiny, capsys):
+    (tiny / "llava").rename(tiny / "snapshot")
+    (tiny / "llava").symlink_to(tiny / "snapshot")
+    read(tiny / "llava-lora", base=tiny / "llava")
+    change_config(tiny / "llava-lora/adapter_config.json", base_model_name_or_path="somewhere/snapshot")
+    read(tiny / "llava-lora", base=tiny / "llava")
+    assert "was trained on" not in capsys.readouterr().err
 
 
 def test_an_unfinished_adapter_is_refused(tiny):

@@ -167,6 +167,53 @@ def test_without_annotations_it_shows_answers_and_prompts_only(folder):
     assert table_of(summary) == {"share": [0.25]}
 
 
+def number_the_questions(folder: Path) -> list[str]:
+    """Answers and questions with whole numbers as ids, as LLaVA's own files of VizWiz have them."""
+    rows = [
+        {"question_id": number, "image": f"{name}.png", "text": f"{QUESTIONS[name]}\nAnswer the question using a "
+         "single word or phrase.", "category": "default"}
+        for number, name in enumerate(ANSWERS)
+    ]  # fmt: skip
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_answers(folder / "answers.jsonl", dict(enumerate(ANSWERS.values())))
+    return ["--questions", str(folder / "questions.jsonl")]
+
+
+@pytest.mark.parametrize("annotations", [True, False])
+def test_numbered_questions_have_their_images_from_the_question_file(folder, annotations):
+    usual, _ = make(folder, annotations=annotations)
+    write_answers(folder / "answers.jsonl", dict(enumerate(ANSWERS.values())))
+    with pytest.raises(DataError, match="--questions|without an answer"):
+        make(folder, annotations=annotations)
+    page, _ = make(folder, *number_the_questions(folder), annotations=annotations)
+    pictures = [re.search(r"base64,([^\"]*)", card)[1] for card in cards_of(page)]
+    assert pictures == [re.search(r"base64,([^\"]*)", card)[1] for card in cards_of(usual)]
+    assert "<h2>What is &lt;b&gt;this&lt;/b&gt;?</h2>" in page
+    assert ('class="mark"' in page) == annotations
+
+
+def test_questions_of_ones_own_are_told_by_their_ids(folder):
+    rows = [
+        {"image": "a.png", "question": QUESTIONS[name], "answers": people, "question_id": number}
+        for number, (name, people) in enumerate(PEOPLE.items())
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_answers(folder / "answers.jsonl", dict(enumerate(ANSWERS.values())))
+    page, summary = make(folder, "--annotations", str(folder / "rows.jsonl"))
+    assert table_of(summary)["all"] == pytest.approx([(1 + 0.9 + 0.3 + 0) / 4, 0.25])
+    assert len(cards_of(page)) == len(PEOPLE)
+
+
+def test_two_questions_about_one_image_are_refused_beside_annotations_only(folder):
+    more = number_the_questions(folder)
+    path = folder / "questions.jsonl"
+    path.write_text(path.read_text().replace("b.png", "a.png"))
+    page, _ = make(folder, *more, annotations=False)
+    assert len(cards_of(page)) == len(ANSWERS)
+    with pytest.raises(DataError, match="has 2 questions about a, the annotations one"):
+        make(folder, *more)
+
+
 def test_rows_whose_answers_are_hidden_have_no_score(folder):
     rows = {"image": {"0": "b.png"}, "question": {"0": "Raw <q>?"}}
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -211,6 +258,17 @@ def test_a_run_gives_the_loss_curve(folder, capsys):
     assert (folder / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_accuracy_of_a_run_is_drawn_as_the_percent_that_it_is(folder, monkeypatch):
+    run = folder / "run"
+    run.mkdir()
+    rows = [{"epoch": epoch, "train_loss": 1.5, "val_accuracy": score} for epoch, score in enumerate((0.5, 0.9))]
+    (run / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.annotate", lambda self, text, *place, **style: drawn.append(text))
+    make(folder, "--run", str(run))
+    assert drawn == ["best 0.9"]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +283,10 @@ def answers_without_c(folder):
         (lambda f: write_answers(f / "answers.jsonl", {**ANSWERS, "e": "x"}), "answers 1 questions .* the first: e"),
         (lambda f: (f / "answers.jsonl").write_text(""), "has no answers: run the evaluation first"),
         (lambda f: (f / "answers.jsonl").unlink(), "cannot read the answers"),
-        (lambda f: (f / "answers.jsonl").write_text('{"question_id": 1}\n'), 'texts "question_id" and "text"'),
+        (
+            lambda f: (f / "answers.jsonl").write_text('{"question_id": 1}\n'),
+            'jsonl:1: "text" must be a text, got None',
+        ),
         (lambda f: write_rows(f / "rows.json", image="../a.png"), r"'\.\./a.png' contains '\.\.'"),
         (lambda f: write_rows(f / "rows.json", answers=[{"answer": "x"}]), "compares at least"),
         (lambda f: (f / "images" / "b.png").unlink(), "1 of 4 images are missing, the first: .*b.png"),

@@ -1,0 +1,105 @@
+"""Whether a checkpoint fits the run that is to go on from it: the same base, scale and projector."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.files import read_json
+from engine import distributed
+from engine.log import say
+from models.errors import ModelError
+from models.lora import LoRAConfig
+from scripts.llava_folder import ADAPTER_CONFIG, CONFIG_FILE, TOWER_SIZES, LlavaFolder
+from scripts.llava_saving import PROJECTOR_FILE
+
+_TRAINED = {"lora": "adapters", "projector": "the projector alone", "full": "the model itself"}
+_NOT_OF_THE_MODEL = ("mm_projector_lr", "mm_vision_tower", TOWER_SIZES)
+# flags of the run before: a run may go on with others, but hardly by intention
+_NOTED = ("version", "data_path", "image_folder", "image_aspect_ratio", "model_max_length", "limit_samples", "bits")
+_NOTED += ("vision_tower", "tokenizer", "seed")
+_PATHS = ("data_path", "image_folder", "vision_tower", "tokenizer")
+
+
+def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
+    """Refuse a checkpoint of another model, and say which other settings differ; all processes call it together.
+
+    Args:
+        checkpoint: to go on from.
+        folder: of this run, as ``build_for_training`` made it.
+        args: of this run.
+
+    Raises:
+        DataError: it was trained on another base, with another rank, scale, projector, or other parts of the model.
+        ModelError: its adapter is of a kind that no run of ours writes.
+    """
+    error: DataError | ModelError | None = None
+    if distributed.is_main():
+        try:
+            differences = _differences(checkpoint, folder, args)
+            if differences:
+                raise DataError(
+                    f"{checkpoint} is of another run ({'; '.join(differences)}): give the same flags, or another "
+                    "--output_dir"
+                )
+            _say_other_settings(checkpoint.parent / "run.json", args)
+        except (DataError, ModelError) as raised:
+            error = raised
+    distributed.raise_together(error)
+
+
+def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> list[str]:
+    files = {"lora": ADAPTER_CONFIG, "projector": PROJECTOR_FILE}
+    mode = next((mode for mode, name in files.items() if (checkpoint / name).exists()), "full")
+    if mode != args.mode:
+        return [f"it trained {_TRAINED[mode]}, this one trains {_TRAINED[args.mode]}"]
+    saved = _read_object(checkpoint / CONFIG_FILE)
+    found, base = [], saved.get("_name_or_path", "")
+    if folder.adapter is not None:
+        where = checkpoint / ADAPTER_CONFIG
+        before = LoRAConfig.from_dict(_read_object(where), str(where))
+        base = before.base_model_name_or_path
+        for flag, old, new in (
+            ("--lora_r", before.r, folder.adapter.r),
+            ("--lora_alpha", before.lora_alpha, folder.adapter.lora_alpha),
+            ("target_modules", sorted(before.target_modules), sorted(folder.adapter.target_modules)),
+        ):
+            if old != new:
+                found.append(f"{flag} {new} instead of {old}")
+    if mode != "full" and base and not _is_same_place(base, args.model_name_or_path):
+        found.append(f"--model_name_or_path {args.model_name_or_path} instead of {base}")
+    mine = json.loads(json.dumps(folder.values))
+    for key in sorted(saved.keys() | mine.keys()):
+        if key.startswith("mm_") and key not in _NOT_OF_THE_MODEL and saved.get(key) != mine.get(key):
+            found.append(f"{key} {mine.get(key)} instead of {saved.get(key)}")
+    return found
+
+
+def _is_same_place(before: str, now: str) -> bool:
+    """Whether two names mean one folder; one that has gone may have been moved, under its own name."""
+    old, new = Path(before).resolve(), Path(now).resolve()
+    return old == new or (not old.is_dir() and Path(before).name == Path(now).name)
+
+
+def _say_other_settings(run_file: Path, args: argparse.Namespace) -> None:
+    before = _read_object(run_file).get("arguments") if run_file.is_file() else None
+    if not isinstance(before, dict):
+        return
+    changes = []
+    for name in (*_NOTED, "lora_dropout") if args.mode == "lora" else _NOTED:
+        values = [before.get(name), getattr(args, name)]
+        if name in _PATHS:
+            values = [value and os.path.abspath(value) for value in values]
+        if name in before and values[0] != values[1]:
+            changes.append(f"--{name} {getattr(args, name)} instead of {before[name]}")
+    if changes:
+        say(f"warning: goes on with other settings than the run before: {', '.join(changes)}")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold an object of settings, got {values!r:.40}")
+    return values
