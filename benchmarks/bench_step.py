@@ -12,6 +12,7 @@ To add a family: a file like ``workload_beit3.py`` and its line in ``FAMILIES``.
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def probe_memory(args: argparse.Namespace, batch_size: int, name: str) -> float:
     build, module, _ = FAMILIES[args.family]
     if name == "peer":
         for package in module.PEER_PACKAGES:  # what imports take is not the step's
-            __import__(package)
+            importlib.import_module(package)
     workload = build(args, batch_size)
     peak = PeakMemory(args.device)
     side = add_optimizer(

@@ -5,7 +5,6 @@
 """
 
 import base64
-import binascii
 import csv
 import json
 from collections.abc import Mapping
@@ -157,6 +156,6 @@ def _subwords_of(values: Mapping[str, Any], where: str) -> bytes:
         content = base64.b64decode(values["subwords"], validate=True)
         if sentencepiece.SentencePieceProcessor(model_proto=content).GetPieceSize() > 0:
             return content
-    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error):
+    except (KeyError, TypeError, ValueError, RuntimeError):
         pass
     raise DataError(f'neither "words" nor a sentencepiece model as "subwords" in {where}')
