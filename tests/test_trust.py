@@ -93,7 +93,7 @@ def test_nothing_is_unpacked(what):
     else:
         # in one place, which compares lengths before it looks at a number, and maps arrays without pickles
         assert {place.partition(":")[0] for place in importers_of("binascii", "h5py", "lmdb")} == {FEATURES}
-        # the baseline's dictionaries hold a sentencepiece model as text, which sentencepiece's own reader parses as any other
+        # the baseline's dictionaries hold a sentencepiece model as text; sentencepiece parses it as it would a file
         decoders = {place.partition(":")[0] for place in users_of("base64.b64decode", "base64.decodebytes")}
         assert decoders == {FEATURES, "data/baseline_dictionaries.py"}
         mapped = users_of("np.load", "numpy.load", "np.memmap", "numpy.memmap")
