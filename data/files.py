@@ -93,9 +93,14 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
     """Text file for writing that takes its name only when the block ends well; else the old file stays as it was.
 
     The text goes to a temporary name in the same folder, reaches the disk, and is renamed over ``path``. The folder is
-    made if needed.
+    made if needed. A link stays one: what it points to is replaced.
+
+    Raises:
+        DataError: there is something else than a file, such as a device.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    if path.exists() and not path.is_file():
+        raise DataError(f"cannot write {path}: it is a folder or a device, not a file; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:

@@ -225,13 +225,25 @@ def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     except EngineError as raised:
         error = raised
     distributed.raise_together(error)
-    if (folder / AMENDMENT).is_file():
-        extra |= json.loads((folder / AMENDMENT).read_text(encoding="utf-8"))
+    extra |= _read_amendment(folder)
     saved_world = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     extra["saved_world_size"] = saved_world
     if saved_world == distributed.world_size():  # with another number of processes there is no draw to go on from
         set_random_state(load_torch_file(folder / f"rng-rank{distributed.rank()}.pth"))
     return extra
+
+
+def _read_amendment(folder: Path) -> dict[str, Any]:
+    path = folder / AMENDMENT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise EngineError(
+            f"cannot resume from {folder}: {AMENDMENT} is cut off; remove the folder, or give another one"
+        )
+    return values
 
 
 def prune(output_dir: Path, keep: int, *, newest: str) -> None:

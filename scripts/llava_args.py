@@ -231,6 +231,8 @@ def _check(args: argparse.Namespace) -> None:
             raise DataError(f"--{name} {getattr(args, name)} is not offered: give {' or '.join(map(str, allowed))}")
     if args.image_aspect_ratio.startswith("anyres"):
         raise DataError("--image_aspect_ratio anyres (tiles of LLaVA-1.6) is not offered: give pad")
+    if args.image_aspect_ratio not in ("pad", "square"):
+        raise DataError(f"--image_aspect_ratio {args.image_aspect_ratio:.40} is unknown: give pad or square")
     if args.tune_mm_mlp_adapter and args.freeze_mm_mlp_adapter:
         raise DataError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other: leave one out")
     mode = mode_of(args)
@@ -312,6 +314,13 @@ def _find_places(args: argparse.Namespace) -> None:
     name = model.resolve().name
     suffix = {"lora": "finetune_lora", "projector": "pretrain", "full": "finetune"}[mode_of(args)]
     args.output_dir = args.output_dir or f"checkpoints/{name}-{suffix}"
+    inputs = {"--model_name_or_path": args.model_name_or_path, "--image_folder": args.image_folder}
+    inputs |= {"--vision_tower": args.vision_tower, "--tokenizer": args.tokenizer}
+    for flag, place in inputs.items():
+        if place and Path(place).resolve() == Path(args.output_dir).resolve():
+            raise DataError(
+                f"--output_dir {args.output_dir} is {flag} as well, which it would replace: give another folder"
+            )
 
 
 def _fill_in_shared(args: argparse.Namespace) -> None:

@@ -27,6 +27,10 @@ if [ -z "${PLAINVL_MAIN:-}" ]; then
 else
     unset PLAINVL_MAIN
     set -euo pipefail
+    if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+        sed -n '2,/^if /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit
+    fi
     source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
     find_python
 

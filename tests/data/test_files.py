@@ -150,3 +150,17 @@ def test_links_placed_by_the_user_are_followed(tmp_path):
     (tmp_path / "real" / "train2014").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root").symlink_to(tmp_path / "real")
     assert resolve_inside(tmp_path / "root", "train2014/a.jpg").read_text() == "image"
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    target, link, pipe = tmp_path / "there" / "a.json", tmp_path / "b.json", tmp_path / "pipe"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    write_json_atomic(link, [1])
+    write_json_atomic(link, [2])
+    assert link.is_symlink()
+    assert read_json(target) == [2]
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="pipe: it is a folder or a device, not a file"):
+        write_json_atomic(pipe, [1])
+    assert pipe.is_fifo()

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.backend import TorchBackend
 from engine.checkpoint import (
+    amend_checkpoint,
     check_manifest,
     clear_leftovers,
     find_newest,
@@ -203,6 +204,16 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert check_manifest(older) is None
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-0", "latest"}
+
+
+@pytest.mark.parametrize("content", ["", '{"global_st', "[1]"])
+def test_a_torn_amendment_is_named(tmp_path, content):
+    folder = save(small_backend(), tmp_path)
+    amend_checkpoint(folder, {"global_step": 7})
+    assert load_checkpoint(small_backend(), folder)["global_step"] == 7
+    (folder / "amendment.json").write_text(content)
+    with pytest.raises(EngineError, match="checkpoint-0: amendment.json is cut off; remove the folder"):
+        load_checkpoint(small_backend(), folder)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):

@@ -98,6 +98,21 @@ def no_model(case):
     return case.train("--model_name_or_path", case.tmp / "nowhere")
 
 
+@bad(r"--output_dir .* is --model_name_or_path as well, which it would replace: give another folder")
+def the_model_as_the_result(case):
+    return case.train("--output_dir", case.model)
+
+
+@bad(r"--output_dir .* is --image_folder as well")
+def the_images_as_the_result(case):
+    return case.train("--image_folder", case.tmp, "--output_dir", case.tmp)
+
+
+@bad(r"--image_aspect_ratio padd is unknown: give pad or square")
+def a_misspelt_aspect_ratio(case):
+    return case.train("--image_aspect_ratio", "padd")
+
+
 @bad(r"needs the shard pytorch_model-00002-of-00002.bin, which is not in .*: download it")
 def a_missing_shard(case):
     (case.model / "pytorch_model-00002-of-00002.bin").unlink()

@@ -125,6 +125,14 @@ def test_a_mistake_is_one_line_before_anything_is_trained(workplace, tmp_path, s
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_help_is_its_head_and_nothing_runs(tmp_path):
+    done = shell(f"source {shlex.quote(str(SCRIPT))} --help", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MODEL            checkpoints/llava-v1.5-7b" in done.stdout
+    assert "PLAINVL_MAIN" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_bare_command_takes_the_defaults_of_the_programs():
     found = printed()
     assert list(found) == ["format_dataset_for_llava.py", "run_llava_lora.py", "model_vqa_loader.py"]
