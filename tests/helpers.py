@@ -1,11 +1,13 @@
 """What several tests need: processes with a process group, and tiny models."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,18 @@ def run_in_processes(function: Callable[..., None], world_size: int, *arguments:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.start_processes(_enter, (function, world_size, store, arguments), nprocs=world_size, start_method="spawn")
+
+
+def sent_to_a_process(value: Any) -> Any:
+    """What a process gets that ``value`` is sent to, in the way in which multiprocessing sends."""
+    here, there = multiprocessing.Pipe()
+    with here, there, ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(there.recv)
+        try:
+            here.send(value)
+        finally:
+            here.close()  # the receiver ends also where nothing could be sent
+        return receiving.result()
 
 
 def free_port() -> int:

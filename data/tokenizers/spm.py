@@ -7,6 +7,7 @@ The ids equal those of the slow reference tokenizer (XLMRobertaTokenizer), liter
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def encode_around_literals(
     return found
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ABC):
     """What the families' tokenizers share: a model file, texts of data files, segments with a token at both ends.
 
     Attributes:
@@ -118,9 +119,9 @@ class SentencePieceTokenizer:
         """SHA-256 of the sentencepiece model: tells whether token ids in a file are this tokenizer's."""
         return hashlib.sha256(self.model.processor.serialized_model_proto()).hexdigest()
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text without begin and end."""
-        raise NotImplementedError
 
     def encode_filled(self, text: str, kind: str, where: str) -> list[int]:
         """``encode`` for a text of a data file, which must not come out empty.

@@ -8,6 +8,7 @@ Letters: B images, K beams, V words, L the greatest length.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -123,7 +124,7 @@ def _compiled_step() -> LayerStep:
     return torch.compile(step_through_layer, dynamic=False)
 
 
-class _Search:
+class _Search(ABC):
     """What both ways share: the cache, the captions being written, the best one of each image."""
 
     def __init__(
@@ -165,9 +166,9 @@ class _Search:
                 break
         return Generated(self.ids, self.best)
 
+    @abstractmethod
     def choose(self, logits: Tensor, length: int) -> None:
         """Turn (B, K, V) logits into the next words, and note captions that end."""
-        raise NotImplementedError
 
     def offer(self, offered: Tensor, sums: Tensor, words: Tensor, length: int) -> None:
         """Keep a finished caption where it is better than the one that the image has.

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import pickle
 import re
 import zipfile
 
@@ -13,6 +12,7 @@ import pytest
 from data.box_features import FEATURE_SIZE, JSONRegions, PackedRegions, Regions, open_regions, pack, write_json
 from data.errors import DataError
 from scripts import pack_box_features
+from tests.helpers import sent_to_a_process
 from tests.scripts.vle_run import failure
 
 
@@ -46,7 +46,7 @@ def test_packed_regions_are_those_of_the_json_files(folder, tmp_path, capsys):
     for image_id, count in ((7, 3), (2, 1), (30, 5)):
         assert_same(packed.regions(image_id), source.regions(image_id))
         assert_same(source.regions(image_id), drawn(image_id, count))
-    copy = pickle.loads(pickle.dumps(packed))
+    copy = sent_to_a_process(packed)
     assert_same(copy.regions(30), packed.regions(30))
     assert not [name for name in os.listdir(tmp_path / "packed") if name.startswith(".")]
 

@@ -1,7 +1,6 @@
 """LLaVA's tokenizer and labels: what is learned, what is refused."""
 
 import json
-import pickle
 import shutil
 
 import pytest
@@ -18,6 +17,7 @@ from data.llava_conversation import (
     move_image_token,
 )
 from data.tokenizers.llama import IMAGE_TOKEN_ID, LlamaTokenizer, num_bytes
+from tests.helpers import sent_to_a_process
 from tests.parity.fixture_files import DEFAULT_FOLDER
 
 MODEL = DEFAULT_FOLDER / "llava_tiny" / "llava" / "tokenizer.model"
@@ -56,8 +56,8 @@ def test_special_ids_and_sizes(tokenizer):
     assert max(tokenizer.encode("Größe 你好 😀")) < tokenizer.vocab_size
 
 
-def test_a_pickled_tokenizer_is_the_same(tokenizer):
-    again = pickle.loads(pickle.dumps(tokenizer))
+def test_a_tokenizer_in_another_process_is_the_same(tokenizer):
+    again = sent_to_a_process(tokenizer)
     text = " a</s>USER: <image>\nb"
     assert again.encode_with_images(text) == tokenizer.encode_with_images(text)
     assert again.fingerprint == tokenizer.fingerprint

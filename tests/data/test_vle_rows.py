@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from data import vle_rows
 from data.errors import DataError
 from data.row_files import RowRecords, find_rows
 from data.vle_rows import build_vle_rows, read_labels, rows_file
+from tests.helpers import sent_to_a_process
 
 
 class Words:
@@ -57,7 +57,7 @@ def test_the_first_few_are_such_a_sequence_again_and_travel_to_another_process(r
     few = records[:4]
     assert [record.question_id for record in few] == [1, 2, 3, 4]
     assert len(few) == 4
-    copy = pickle.loads(pickle.dumps(few))
+    copy = sent_to_a_process(few)
     assert list(copy) == list(few)
     assert [record.question_id for record in records[2:5]] == [3, 4, 5]
     assert list(records.image_paths()) == ["a/1.jpg", "a/2.jpg", "b/3.jpg"]

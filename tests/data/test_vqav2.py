@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import pickle
 
 import pytest
 
@@ -20,6 +19,7 @@ from tests.data.vqav2_tree import (
     write_images,
     write_vqav2,
 )
+from tests.helpers import sent_to_a_process
 
 INDEX_FILES = {
     "answer2label.txt",
@@ -301,9 +301,9 @@ def test_files_of_a_split_that_share_questions_are_an_error(tmp_path, tokenizer)
         read_vqav2_split(tmp_path, "train")
 
 
-def test_records_can_be_pickled():
+def test_records_travel_to_another_process():
     record = VQARecord("a.jpg", (4, 5), (0,), (1.0,), 7)
-    assert pickle.loads(pickle.dumps(record)) == record
+    assert sent_to_a_process(record) == record
 
 
 GOOD = {"image_path": "val2014/a.jpg", "text_segment": [4, 5], "labels": [0, 1], "scores": [1, 0.3], "qid": 7}

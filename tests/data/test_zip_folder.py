@@ -1,7 +1,6 @@
 """Zip archives: read by name, never unpacked, each process with its own place in the file."""
 
 import multiprocessing
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from data import zip_folder
 from data.errors import DataError
 from data.zip_folder import ZipFolder
+from tests.helpers import sent_to_a_process
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_files_of_the_folder_are_read_by_name(archive):
     folder = ZipFolder(archive)
     assert sorted(folder.names()) == sorted(f"{number}.json" for number in range(40))
     assert folder.read("7.json") == b"7" * 3000
-    assert pickle.loads(pickle.dumps(folder)).read("8.json") == b"8" * 3000
+    assert sent_to_a_process(folder).read("8.json") == b"8" * 3000
 
 
 @pytest.mark.parametrize("name", ["../escape.json", "/absolute.json", "../other/7.json", "nowhere.json"])

@@ -51,7 +51,7 @@ class Case:
     def train(self, *more: str) -> list[str]:
         return train_flags(self.output, "--max_steps", "1", *more, data=self.data)
 
-    def eval(self, *more: str, weights: Path | None = None) -> list[str]:
+    def evaluate(self, *more: str, weights: Path | None = None) -> list[str]:
         return eval_flags(
             weights or self.checkpoint, self.output, "--eval_split", "val", *map(str, more), data=self.data
         )
@@ -173,7 +173,7 @@ def half_precision_on_the_cpu(case):
 
 @bad(r"--eval_split tset: choose train, val, val2014, test, test-dev, or a .jsonl file")
 def unknown_split(case):
-    return case.eval("--eval_split", "tset")
+    return case.evaluate("--eval_split", "tset")
 
 
 @bad(r"--opt_betas must be two numbers in \[0, 1\)")
@@ -240,13 +240,13 @@ def malformed_line(case):
     lines = (case.data / REST).read_text().splitlines(keepends=True)
     lines[2] = lines[2].replace('"qid":', '"qid" ')
     (case.data / REST).write_text("".join(lines))
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"vqa.rest_val.jsonl:2: text_segment must be at least 0 and below \d+, the size of the vocabulary, got 64000")
 def token_ids_beyond_the_tokenizer(case):
     case.edit_line(REST, 2, lambda row: row.update(text_segment=[64000]))
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"the sentencepiece model has \d+ ids but the model 20 rows of text embedding")
@@ -257,26 +257,26 @@ def vocabulary_smaller_than_the_tokenizers(case):
 @bad(r"1 of \d+ images are not in .*, the first: val2014/COCO_val2014_\d+.jpg; .*--skip_broken_images")
 def missing_image(case):
     case.image_of(REST).unlink()
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"sample 0 \(question \d+\): cannot read image .*COCO_val2014_\d+.jpg: .*truncated.*; replace the file or remove")
 def truncated_image(case):
     image = case.image_of(REST)
     image.write_bytes(image.read_bytes()[:800])
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"cannot read image .*COCO_val2014_\d+.jpg: .*truncated")
 def truncated_image_read_by_a_worker(case):
     truncated_image(case)
-    return case.eval("--num_workers", "2")
+    return case.evaluate("--num_workers", "2")
 
 
 @bad(r"cannot read image .*COCO_val2014_\d+.jpg: the file is empty")
 def image_of_no_bytes(case):
     case.image_of(REST).write_bytes(b"")
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"cannot read image .*COCO_val2014_\d+.jpg: .*more than 64,000,000")
@@ -286,25 +286,25 @@ def decompression_bomb(case):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0))
     case.image_of(REST).write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"11 images could not be read; .* at most 10 here \(--max_bad_samples 0.001 .*; the last: sample \d+ .*is empty")
 def too_many_images_to_replace(case):
     spoil_images(case, count=11)
-    return case.eval("--skip_broken_images", "--num_workers", "2")
+    return case.evaluate("--skip_broken_images", "--num_workers", "2")
 
 
 @bad(r"vqa.rest_val.jsonl:1: '../secret.jpg' contains '..'; .*inside the data folder")
 def image_path_that_leaves_the_data_folder(case):
     case.edit_line(REST, 1, lambda row: row.update(image_path="../secret.jpg"))
-    return case.eval()
+    return case.evaluate()
 
 
 @bad(r"vqa.rest_val.jsonl:1: '/etc/hostname' is absolute")
 def absolute_image_path(case):
     case.edit_line(REST, 1, lambda row: row.update(image_path="/etc/hostname"))
-    return case.eval("--skip_broken_images")
+    return case.evaluate("--skip_broken_images")
 
 
 @bad(r"vqa.train.jsonl:1: question \d+ has no labels, training data need them")
@@ -317,7 +317,7 @@ def index_without_labels_for_training(case):
 def question_id_twice(case):
     first = json.loads((case.data / REST).read_text().splitlines()[0])
     case.edit_line(REST, 2, lambda row: row.update(qid=first["qid"]))
-    return case.eval()
+    return case.evaluate()
 
 
 # ---- answers, text, annotations, own data ----
@@ -358,12 +358,12 @@ def broken_sentencepiece_model(case):
 
 @bad(r"v2_mscoco_train2014_annotations.json annotates 0 of the \d+ questions .*give the annotations of this split")
 def annotations_of_another_split(case):
-    return case.eval("--annotations", case.data / "vqa" / "v2_mscoco_train2014_annotations.json")
+    return case.evaluate("--annotations", case.data / "vqa" / "v2_mscoco_train2014_annotations.json")
 
 
 @bad(r"questions.json has no list of annotations: give the raw v2_mscoco_<split>_annotations.json")
 def questions_given_as_annotations(case):
-    return case.eval("--annotations", case.data / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json")
+    return case.evaluate("--annotations", case.data / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json")
 
 
 @bad(r"no question in .*own.jsonl has answers: training needs lines such as")
@@ -374,7 +374,7 @@ def own_training_data_without_answers(case):
 
 @bad(r"--shuffle_images needs two different images, the split has 1")
 def shuffled_images_of_one_image(case):
-    return case.eval("--shuffle_images", "--limit_samples", "1")
+    return case.evaluate("--shuffle_images", "--limit_samples", "1")
 
 
 # ---- checkpoints ----
@@ -384,7 +384,7 @@ def shuffled_images_of_one_image(case):
 def checkpoint_with_a_torn_note_of_its_model(case):
     shutil.copytree(case.checkpoint, case.tmp / "damaged")
     (case.tmp / "damaged" / "config.json").write_text('{"family": "be')
-    return case.eval(weights=case.tmp / "damaged")
+    return case.evaluate(weights=case.tmp / "damaged")
 
 
 @bad(
@@ -394,7 +394,7 @@ def checkpoint_with_a_changed_note_of_its_model(case):
     shutil.copytree(case.checkpoint, case.tmp / "damaged")
     note = json.loads((case.checkpoint / "config.json").read_text())
     (case.tmp / "damaged" / "config.json").write_text(json.dumps(note | {"model": 3}))
-    return case.eval(weights=case.tmp / "damaged")
+    return case.evaluate(weights=case.tmp / "damaged")
 
 
 class Evil:
@@ -438,7 +438,7 @@ def head_of_another_size_in_an_evaluation(case):
     state = read_state_dict(case.checkpoint)
     state["head.3.weight"], state["head.3.bias"] = state["head.3.weight"][:-1], state["head.3.bias"][:-1]
     torch.save({"model": state}, case.tmp / "other.pth")
-    return case.eval(weights=case.tmp / "other.pth")
+    return case.evaluate(weights=case.tmp / "other.pth")
 
 
 @bad(r"pointer.pth.* it is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
@@ -481,7 +481,7 @@ def nan_weights(case):
     state = read_state_dict(case.checkpoint)
     state["beit3.text_embed.weight"][3, 3] = float("nan")
     torch.save({"model": state}, case.tmp / "nan.pth")
-    return case.eval(weights=case.tmp / "nan.pth")
+    return case.evaluate(weights=case.tmp / "nan.pth")
 
 
 @bad(r"narrow.pth: the checkpoint does not fit the model \(1 missing .*; 1 unexpected .*; \d+ of another shape: .*\)")
@@ -535,7 +535,7 @@ def quantised_weights(case):
     state = read_state_dict(case.checkpoint)
     state["beit3.text_embed.weight"] = state["beit3.text_embed.weight"].to(torch.int8)
     torch.save({"model": state}, case.tmp / "packed.pth")
-    return case.eval(weights=case.tmp / "packed.pth")
+    return case.evaluate(weights=case.tmp / "packed.pth")
 
 
 @bad(r"data holds no weights: looked for model.pth, model.safetensors")
@@ -554,7 +554,7 @@ def another_answer_list_of_the_same_length_in_an_evaluation(case):
     lines = (case.data / "answer2label.txt").read_text().splitlines()
     answers = [json.loads(line)["answer"] for line in lines][::-1]
     rows = [json.dumps({"answer": answer, "label": label}) + "\n" for label, answer in enumerate(answers)]
-    return case.eval("--answer_list", case.file("reversed.txt", "".join(rows)))
+    return case.evaluate("--answer_list", case.file("reversed.txt", "".join(rows)))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -595,7 +595,7 @@ def test_a_broken_image_in_training_ends_it_with_one_line_and_keeps_the_older_lo
 def test_more_broken_images_are_replaced_if_the_share_is_raised(tmp_path, capsys):
     case = Case(tmp_path)
     spoil_images(case, count=11)
-    program(*case.eval("--skip_broken_images", "--max_bad_samples", "0.5"))
+    program(*case.evaluate("--skip_broken_images", "--max_bad_samples", "0.5"))
     assert re.search(r"warning: \d\d images could not be read and were replaced", capsys.readouterr().err)
 
 
@@ -603,7 +603,7 @@ def test_broken_images_are_replaced_and_counted_on_request(tmp_path, capsys):
     case = Case(tmp_path)
     case.image_of(REST).write_bytes(b"")
     questions = [line for line in (case.data / REST).read_text().splitlines() if case.image_of(REST).name in line]
-    program(*case.eval("--skip_broken_images"))
+    program(*case.evaluate("--skip_broken_images"))
     assert (
         f"warning: {len(questions)} images could not be read and were replaced by a grey one" in capsys.readouterr().err
     )
