@@ -7,12 +7,12 @@ Deliberate differences: the draws come from a generator of our own with seed + e
 resumed run goes on as an unbroken one; samples that do not fill the last step are left out instead of repeating others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from data.errors import DataError
-from data.samplers import SampleKey
+from data.samplers import TrainBatchSampler
 
 
 def modality_length(texts: Iterable[str], *, has_image: bool) -> int:
@@ -107,11 +107,10 @@ def _blocks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class LengthGroupedSampler:
-    """Micro-batches of one process, grouped by length and kind (the interface of ``TrainBatchSampler``).
+class LengthGroupedSampler(TrainBatchSampler):
+    """Micro-batches of one process, grouped by length and kind."""
 
-    Every optimizer step is whole, and no sample comes twice in an epoch.
-    """
+    FLAGS = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
 
     def __init__(
         self,
@@ -123,52 +122,23 @@ class LengthGroupedSampler:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        """See the class.
-
-        Args:
-            lengths: ``modality_length`` of every sample.
-            batch_size: of one process and micro-batch.
-            accumulation_steps: micro-batches of a step.
-            rank: of this process.
-            world_size: number of processes.
-            seed: the same on all processes. Epoch e has the order that the original has for the seed ``seed + e``.
+        """``lengths``: ``modality_length`` of every sample; epoch e has the original's order for ``seed + e``.
 
         Raises:
-            DataError: no positive batch size, a length of 0, or fewer samples than one step needs.
+            DataError: as ``TrainBatchSampler``, or a length of 0.
         """
-        if batch_size < 1 or accumulation_steps < 1:
-            raise DataError(
-                "--per_device_train_batch_size and --gradient_accumulation_steps must be at least 1, "
-                f"got {batch_size} and {accumulation_steps}"
-            )
+        super().__init__(
+            len(lengths),
+            batch_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
         _check_lengths(lengths)
-        self.samples_per_step = batch_size * accumulation_steps * world_size
-        self.steps_per_epoch = len(lengths) // self.samples_per_step
-        if self.steps_per_epoch == 0:
-            raise DataError(
-                f"{len(lengths)} training samples do not fill one step of {self.samples_per_step} "
-                f"(batch size {batch_size} x accumulation {accumulation_steps} x processes {world_size}): "
-                "lower --per_device_train_batch_size or add data"
-            )
-        self._lengths, self._batch_size, self._accumulation_steps = lengths, batch_size, accumulation_steps
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self._epoch, self._first_step = 0, 0
+        self._lengths, self._num_batches = lengths, world_size * accumulation_steps
 
-    def set_position(self, epoch: int, first_step: int = 0) -> None:
-        """The next iteration runs from optimizer step ``first_step`` of ``epoch`` to the epoch's end."""
-        self._epoch, self._first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        """Number of micro-batches of the next iteration."""
-        return (self.steps_per_epoch - self._first_step) * self._accumulation_steps
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Lists of keys, one list a micro-batch."""
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        num_batches = self._world_size * self._accumulation_steps
-        order = modality_grouped_order(self._lengths, self._batch_size, num_batches, generator)
-        for step in range(self._first_step, self.steps_per_epoch):
-            for micro_batch in range(self._accumulation_steps):
-                start = step * self.samples_per_step
-                start += (micro_batch * self._world_size + self._rank) * self._batch_size
-                yield [SampleKey(self._epoch, index) for index in order[start : start + self._batch_size]]
+    def order(self, epoch: int) -> list[int]:
+        """Every sample once, as it comes in an epoch."""
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        return modality_grouped_order(self._lengths, self._batch_size, self._num_batches, generator)

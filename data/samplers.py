@@ -1,6 +1,6 @@
 """Which samples a process reads, in which order: pure functions of seed, epoch and position, so any run can resume."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ class TrainBatchSampler:
     then over the ranks. Samples that do not fill the last step are left to other epochs' orders.
     """
 
+    FLAGS = ("--batch_size", "--update_freq")  # of the two sizes, for messages
+
     def __init__(
         self,
         num_samples: int,
@@ -40,15 +42,14 @@ class TrainBatchSampler:
             DataError: no positive batch size, or fewer samples than one step needs.
         """
         if batch_size < 1 or accumulation_steps < 1:
-            raise DataError(
-                f"--batch_size and --update_freq must be at least 1, got {batch_size} and {accumulation_steps}"
-            )
+            raise DataError(f"{' and '.join(self.FLAGS)} must be at least 1, got {batch_size} and {accumulation_steps}")
         self.samples_per_step = batch_size * accumulation_steps * world_size
         self.steps_per_epoch = num_samples // self.samples_per_step
         if self.steps_per_epoch == 0:
+            batch_flag, accumulation_flag = (flag.lstrip("-") for flag in self.FLAGS)
             raise DataError(
                 f"{num_samples} training samples do not fill one step of {self.samples_per_step} "
-                f"(batch_size {batch_size} x update_freq {accumulation_steps} x processes {world_size}): "
+                f"({batch_flag} {batch_size} x {accumulation_flag} {accumulation_steps} x processes {world_size}): "
                 "lower the batch size or add data"
             )
         self._num_samples, self._batch_size, self._accumulation_steps = num_samples, batch_size, accumulation_steps
@@ -63,9 +64,13 @@ class TrainBatchSampler:
         """Number of micro-batches of the next iteration."""
         return (self.steps_per_epoch - self._first_step) * self._accumulation_steps
 
+    def order(self, epoch: int) -> Sequence[int]:
+        """Every sample once, as it comes in an epoch."""
+        return np.random.default_rng((self._seed, epoch)).permutation(self._num_samples)
+
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Lists of keys, one list a micro-batch."""
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._num_samples)
+        order = self.order(self._epoch)
         for step in range(self._first_step, self.steps_per_epoch):
             for micro_batch in range(self._accumulation_steps):
                 start = step * self.samples_per_step

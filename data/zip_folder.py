@@ -9,14 +9,8 @@ from typing import Any
 from data.errors import DataError
 
 MAX_FILE_BYTES = 1 << 28  # of one file; more is taken for a bomb
-_BROKEN = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    OSError,
-)  # RuntimeError: also of what zipfile cannot unpack
+# RuntimeError also where zipfile does not know how an entry is packed
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError)
 
 
 class ZipFolder:

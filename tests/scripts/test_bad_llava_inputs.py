@@ -302,7 +302,7 @@ def two_questions_in_a_row(case):
     return case.sample(conversations=[turn, turn | {"value": "again?"}])
 
 
-@bad(r"3 training samples do not fill one step of 4 .*lower --per_device_train_batch_size or add data")
+@bad(r"3 training samples do not fill one step of 4 \(per_device_train_batch_size 2 x gradient_.*lower the batch size")
 def fewer_samples_than_a_step(case):
     return case.train("--limit_samples", 3)
 
