@@ -13,7 +13,7 @@ from data.box_features import FEATURE_SIZE, JSONRegions, PackedRegions, Regions,
 from data.errors import DataError
 from scripts import pack_box_features
 from tests.helpers import sent_to_a_process
-from tests.scripts.vle_run import failure
+from tests.scripts.bad_inputs import failure
 
 
 def drawn(image_id: int, count: int) -> Regions:

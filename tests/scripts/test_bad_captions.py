@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.metrics import java_metrics
+from tests.scripts.bad_inputs import BadInputs
 from tests.scripts.caption_run import NUM_VAL, caption_data, eval_flags, train_flags, trained_captioner
 from tests.scripts.vqa_run import failure, program, trained_checkpoint, tree
 
@@ -45,17 +46,8 @@ class Case:
 
 TRAIN, VAL, TEST = (f"coco_captioning.{split}.jsonl" for split in ("train", "val", "test"))
 IMAGE = {"image": "val2014/absent.jpg"}
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(spoil: Callable[[Case], list[str]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 @bad(r"coco_captioning.train.jsonl.*run scripts/make_index.py coco_captioning --data_path DIR first")

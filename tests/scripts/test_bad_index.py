@@ -12,8 +12,9 @@ import pytest
 
 from scripts import make_index
 from scripts.program import run
+from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.test_bad_inputs import REST, Case, without_partial_results
-from tests.scripts.vqa_run import failure, program, read_lines, the_error_line, tree
+from tests.scripts.vqa_run import failure, program, read_lines, tree
 
 TRAIN = "vqa.train.jsonl"
 FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {}  # name → (index file, what spoils it, message)
@@ -126,7 +127,7 @@ def test_a_bad_index_is_refused_by_the_check_and_by_the_program_before_anything_
     case = Case(tmp_path)
     spoil(case.data / file_name)
     before = tree(tmp_path)
-    for code, line in (check(capsys, case.data), failure(capsys, case.train() if file_name == TRAIN else case.eval())):
+    for code, line in (check(capsys, case.data), failure(capsys, case.train() if file_name == TRAIN else case.evaluate())):
         assert code == 2, line
         assert re.search(message, line), line
     assert without_partial_results(tree(tmp_path)) == before
@@ -159,7 +160,7 @@ def test_an_odd_index_passes_the_check_and_every_question_is_answered(change, tm
     (case.data / REST).write_bytes(change((case.data / REST).read_bytes()))
     make_index.main(["vqav2", "--data_path", str(case.data), "--check"])
     assert "every line is sound" in capsys.readouterr().out
-    program(*case.eval())
+    program(*case.evaluate())
     answered = json.loads((case.output / "submit_vqav2_val.json").read_text())
     assert len(answered) == sum(1 for line in (case.data / REST).read_bytes().splitlines() if line)
 
@@ -168,5 +169,5 @@ def test_images_behind_a_link_that_the_user_placed_are_read(tmp_path):
     case = Case(tmp_path)
     (case.data / "val2014").rename(tmp_path / "elsewhere")
     (case.data / "val2014").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    program(*case.eval())
+    program(*case.evaluate())
     assert len(json.loads((case.output / "submit_vqav2_val.json").read_text())) > 10

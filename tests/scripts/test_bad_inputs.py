@@ -16,6 +16,7 @@ import torch
 
 from engine.weights import read_state_dict
 from tests.helpers import run_program
+from tests.scripts.bad_inputs import BadInputs, the_error_line
 from tests.scripts.vqa_run import (
     LARGER,
     MODEL,
@@ -27,7 +28,6 @@ from tests.scripts.vqa_run import (
     failure,
     flags,
     program,
-    the_error_line,
     train_flags,
     trained_checkpoint,
     tree,
@@ -74,18 +74,9 @@ class Case:
         return path
 
 
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
+BAD = BadInputs()
+bad = BAD.register
 REST = "vqa.rest_val.jsonl"
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(spoil: Callable[[Case], list[str]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
 
 
 # ---- flags ----

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.llava_args import build_parser
-from scripts.program import run
+from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.llava_run import BASE, IMAGES, TINY, TOWER, conversation, program, rows, train_flags, trained_run
-from tests.scripts.vqa_run import the_error_line, tree
+from tests.scripts.vqa_run import tree
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,17 +76,8 @@ OF_OTHER_PROGRAMS = {"--nnodes", "--nproc_per_node", "--shm-size", "--ipc", "--u
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 MET_IN_A_STEP = ("an_image_that_is_none",)
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(spoil: Callable[[Case], list[str]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 # ---- the model's folder ----
@@ -409,11 +399,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, name):
     case = Case(tmp_path)
     argv = spoil(case)
     before = tree(tmp_path)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        run(lambda: program(*argv))
-    line = the_error_line(capsys.readouterr().err)
-    assert left.value.code == 2, line
+    code, line = failure(capsys, argv, program)
+    assert code == 2, line
     assert re.search(message, line), line
     after = tree(tmp_path)
     if name in MET_IN_A_STEP:  # by then the run has begun

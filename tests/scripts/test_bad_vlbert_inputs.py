@@ -3,15 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.vlbert_vqa import REGION_ROOT, region_folder
+from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.vlbert_run import drawn_regions, predict, predict_flags, program, run_dir, train_flags, trained_run
-from tests.scripts.vle_run import failure
 from tests.scripts.vqa_run import tree
 
 BOXES = region_folder("train2014", "10-100ada")
@@ -52,17 +51,8 @@ class Case:
 
 # every box file is read when its sample is due, not before
 FOUND_AT_A_SAMPLE = ("features_of_a_wrong_width", "an_image_without_boxes", "an_image_of_no_size")
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(spoil: Callable[[Case], list[str]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 @bad(r"own.yaml: unknown key 'TRAIN.BATCH_IMAGE': did you mean TRAIN.BATCH_IMAGES\?")

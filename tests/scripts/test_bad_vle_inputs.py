@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from scripts import convert_checkpoint_after_ft, write_vqa
-from tests.scripts.vle_run import copy_of, drawn_rows, eval_flags, failure, program, train_flags, trained_run
+from tests.scripts.bad_inputs import BadInputs, failure
+from tests.scripts.vle_run import copy_of, drawn_rows, eval_flags, program, train_flags, trained_run
 from tests.scripts.vqa_run import drawn_data, tree
 
 
@@ -52,17 +52,8 @@ class Case:
         return self.train("--train_config_file", path)
 
 
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(spoil: Callable[[Case], list[str]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 @bad(r"unknown key 'learnig_rate': did you mean learning_rate\?")
@@ -242,7 +233,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_overwrites_nothing(name, tmp_
     case = Case(tmp_path)
     argv = spoil(case)
     before = tree(case.output, case.rows, case.model)
-    code, line = failure(capsys, argv)
+    code, line = failure(capsys, argv, program)
     assert code == 2, line
     assert re.search(message, line), line
     assert tree(case.output, case.rows, case.model) == before

@@ -20,7 +20,8 @@ from scripts import baseline_vqa
 from scripts import main as program_module
 from scripts.baseline_args import parse_args
 from tests.helpers import ROOT, run_in_processes, run_program
-from tests.scripts.vle_run import copy_of, failure
+from tests.scripts.bad_inputs import BadInputs, failure
+from tests.scripts.vle_run import copy_of
 from tests.scripts.vqa_run import differences, read_lines, tree
 
 SIDE = 16
@@ -366,17 +367,8 @@ def test_a_class_mapping_and_a_least_count_make_the_answer_list_smaller(course, 
 
 # ---- bad input ----
 
-BAD: dict = {}
-
-
-def bad(message: str):
-    """Register a case: a function that spoils a copy of the data and returns further flags; what the line must say."""
-
-    def register(spoil):
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 def change(path: Path, **columns: object) -> None:

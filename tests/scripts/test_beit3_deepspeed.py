@@ -9,6 +9,7 @@ import torch
 
 from engine.weights import load_torch_file, read_state_dict
 from tests.helpers import ROOT, free_port, run_program
+from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.deepspeed_run import TORCHRUN, deepspeed_train, stage_3_run
 from tests.scripts.vqa_run import (
     differences,
@@ -17,7 +18,6 @@ from tests.scripts.vqa_run import (
     failure,
     program,
     read_lines,
-    the_error_line,
     train_flags,
     trained_checkpoint,
 )

@@ -23,6 +23,7 @@ from engine.weights import load_torch_file, read_state_dict
 from scripts import beit3_vqa
 from scripts.program import run
 from tests.helpers import ROOT, run_in_processes, run_program
+from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.vqa_run import (
     LARGER,
     PATCH,
@@ -33,7 +34,6 @@ from tests.scripts.vqa_run import (
     failure,
     program,
     read_lines,
-    the_error_line,
     train_flags,
     trained_checkpoint,
     tree,

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +29,9 @@ from models.clip_vision import CLIPVisionTransformer
 from scripts.llava_folder import read_llava_folder
 from scripts.program import run
 from tests.nursery import Job, Nursery
+from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.llava_run import BASE, TOWER, conversation, copy_of, program, train_flags
-from tests.scripts.vqa_run import differences, read_lines, the_error_line, tree
+from tests.scripts.vqa_run import differences, read_lines, tree
 
 ROWS, WIDTH = 16, 24  # of the tiny tower
 NUM_IMAGES = 7
@@ -336,17 +337,8 @@ def test_what_a_killed_writer_has_left_is_removed_once_it_is_old(work):
 
 # ---- what can be wrong ----
 
-BAD: dict[str, tuple[Callable[[Work], list[object]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns further flags, and what the error line says."""
-
-    def register(spoil: Callable[[Work], list[object]]) -> Callable:
-        BAD[spoil.__name__] = (spoil, message)
-        return spoil
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 @bad(r"--feature_cache .*features holds holiday.txt, which is no part of a feature cache: give a folder of its own")
@@ -448,21 +440,13 @@ def a_tower_that_draws(work):
     return ["--vision_tower", tower]
 
 
-def failure(capsys: pytest.CaptureFixture, argv: list[str]) -> tuple[int, str]:
-    """Exit code and the one line of a start that must fail."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        run(lambda: program(*argv))
-    return left.value.code, the_error_line(capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_the_cache_stays_as_it_is(filled, capsys, name):
     work = filled
     spoil, message = BAD[name]
     more = spoil(work)
     before = tree(work.cache)
-    code, line = failure(capsys, work.flags("run", *more))
+    code, line = failure(capsys, work.flags("run", *more), program)
     assert code == 2, line
     assert re.search(message, line), line
     assert tree(work.cache) == before
@@ -475,7 +459,7 @@ def test_a_damaged_part_is_found_by_its_checksum(filled, capsys):
     content = bytearray(part.read_bytes())
     content[-1] ^= 1  # of the last image
     part.write_bytes(content)
-    code, line = failure(capsys, work.flags("run"))
+    code, line = failure(capsys, work.flags("run"), program)
     assert code == 2, line
     assert re.search(r"sample \d+ \(s\d+\): .*part-\w+.bin is damaged, the features of \S+.bmp are others now", line)
 
@@ -493,7 +477,7 @@ def test_a_full_disk_ends_with_what_is_needed(work, capsys, monkeypatch, place):
 
         monkeypatch.setattr(llava_features.os, "fsync", full)
         message = rf"could not write the features .* \(No space left on device\): .* need {needed:,} bytes; free some"
-    code, line = failure(capsys, work.flags("run"))
+    code, line = failure(capsys, work.flags("run"), program)
     assert code == 1, line
     assert re.search(message, line), line
     assert not list(work.cache.iterdir())

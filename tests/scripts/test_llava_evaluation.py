@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,8 @@ from scripts.llava_inference import inference_dtype, settle_adapters
 from scripts.program import run
 from tests.helpers import run_in_processes, run_program
 from tests.parity.fixture_files import fixture_path, load_fixture
-from tests.scripts.vqa_run import read_lines, the_error_line, tree
+from tests.scripts.bad_inputs import BadInputs, failure
+from tests.scripts.vqa_run import read_lines, tree
 
 TEXTS = ("What is this?", "what", "Which color is it, please, and why?", "Is it on?", "How many keys are there?")
 NUM_QUESTIONS, BATCH_SIZE, KILLED_AT = 10, 3, 2
@@ -491,7 +491,7 @@ def broken_image(tiny: Path, tmp_path: Path) -> list[object]:
 
 def test_broken_images_are_named_or_replaced(tiny, asked, tmp_path, whole, capsys):
     more = broken_image(tiny, tmp_path)
-    code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", *more))
+    code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", *more), program)
     assert code == 2
     assert re.search(r"question 2 \(q1\): .*valid_00001\.png: .*from the data file that names it", line), line
     assert not (tmp_path / "a.jsonl").exists()
@@ -506,7 +506,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_one_line(tiny, asked, tmp_
     original = llava_vqa.normalize
     monkeypatch.setattr(llava_vqa, "normalize", lambda *arguments: original(*arguments) * float("nan"))
     for more in ((), ("--num_beams", "2"), ("--temperature", "1")):
-        code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", "--batch_size", "3", *more))
+        code, line = failure(capsys, flags(tiny, asked, tmp_path / "a.jsonl", "--batch_size", "3", *more), program)
         assert code == 1
         assert re.search(r"questions 1 to 3 of the file: .*not finite.*try bfloat16 or float32", line), line
 
@@ -541,17 +541,8 @@ class Case:
         return self.flags("--annotations", self.tmp / "rows.json")
 
 
-BAD: dict[str, tuple[Callable[[Case], list[str]], str]] = {}
-
-
-def bad(message: str) -> Callable:
-    """Register a case: a function that spoils something and returns the flags, and what the error line must say."""
-
-    def register(function: Callable[[Case], list[str]]) -> Callable[[Case], list[str]]:
-        BAD[function.__name__] = (function, message)
-        return function
-
-    return register
+BAD = BadInputs()
+bad = BAD.register
 
 
 @pytest.mark.parametrize(
@@ -568,16 +559,6 @@ def test_flags_of_other_ways_to_answer_are_reported(tiny, asked, tmp_path):
     assert [note.split()[0] for note in notes] == ["--top_p", "--seed", "--length_penalty"]
     for more in ((*drawn, "--temperature", "1"), ("--num_beams", "2", "--length_penalty", "3")):
         assert model_vqa_loader.parse_args(flags(tiny, asked, tmp_path / "a.jsonl", *more)).notes == []
-
-
-def failure(capsys: pytest.CaptureFixture, argv: list[str]) -> tuple[int, str]:
-    """Exit code and last line on stderr, checked to be the one error line."""
-    capsys.readouterr()
-    try:
-        run(lambda: program(*argv))
-    except SystemExit as left:
-        code = left.code
-    return code, the_error_line(capsys.readouterr().err)
 
 
 @bad(r"1 of 3 images are not in .*images, the first: valid_00000\.png.*check --image-folder")
@@ -790,7 +771,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, tiny, asked, tmp_pat
     spoil, message = BAD[name]
     argv = spoil(case)
     before = tree(tmp_path)
-    code, line = failure(capsys, argv)
+    code, line = failure(capsys, argv, program)
     assert code == 2
     assert re.search(message, line), line
     assert tree(tmp_path) == before

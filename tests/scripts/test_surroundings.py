@@ -18,7 +18,8 @@ import torch
 
 from engine.checkpoint import check_manifest
 from tests.helpers import ROOT, run_program
-from tests.scripts.vqa_run import failure, flags, program, the_error_line, train_flags, trained_checkpoint
+from tests.scripts.bad_inputs import the_error_line
+from tests.scripts.vqa_run import failure, flags, program, train_flags, trained_checkpoint
 
 PR_CAPBSET_DROP = 24  # <linux/prctl.h>
 RIGHTS_OF_ROOT = (1, 2, 3)  # to write, read and own what belongs to others: <linux/capability.h>

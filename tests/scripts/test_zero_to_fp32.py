@@ -7,8 +7,9 @@ from engine.weights import read_state_dict
 from scripts import zero_to_fp32
 from scripts.program import run
 from tests.helpers import run_program
+from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.deepspeed_run import stage_3_run
-from tests.scripts.vqa_run import drawn_data, eval_flags, program, the_error_line
+from tests.scripts.vqa_run import drawn_data, eval_flags, program
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])

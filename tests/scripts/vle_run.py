@@ -5,13 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
 import run_vle_vqa
 from scripts import train_sentencepiece, write_vqa
-from scripts.program import run
-from tests.scripts.vqa_run import drawn_data, the_error_line
+from tests.scripts.vqa_run import drawn_data
 
 TINY_CONFIG = Path(__file__).resolve().parents[2] / "scripts" / "cfgs" / "vle" / "tiny" / "config.json"
 
@@ -82,18 +80,6 @@ def program(*argv: object) -> None:
         run_vle_vqa.main([str(argument) for argument in argv])
     finally:
         torch.set_num_threads(threads)
-
-
-def failure(capsys: pytest.CaptureFixture, argv: list[str], call: object = program) -> tuple[int, str]:
-    """Exit code and last line on stderr of a call that must fail, checked to be its one error line, no traceback."""
-    capsys.readouterr()
-    try:
-        run(lambda: call(*argv))
-    except SystemExit as left:
-        code = left.code
-    else:
-        pytest.fail(f"the program did not fail: {' '.join(map(str, argv))}")
-    return code, the_error_line(capsys.readouterr().err)
 
 
 def copy_of(folder: Path, place: Path) -> Path:

@@ -13,12 +13,11 @@ import torch
 import run_beit3_finetuning
 from models.beit3.config import model_names
 from scripts import draw_scenes, make_index, train_sentencepiece
-from scripts.program import run
+from tests.scripts import bad_inputs
 
 MODEL = next(name for name in model_names() if name.startswith("beit3_tiny_"))
 STEM, SIDE, PATCH = MODEL.rpartition("_")[0], int(MODEL.rpartition("_")[2]), int(re.search(r"patch(\d+)", MODEL)[1])
 LARGER = f"{STEM}_{SIDE + PATCH}"  # the same model at another image size
-ERROR_LINE = re.compile(r"\S+: error: \S.*")
 _folder: list[tempfile.TemporaryDirectory] = []  # kept until the session ends, which removes it
 
 
@@ -69,24 +68,8 @@ def program(*argv: str) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture, argv: list[str]) -> tuple[int, str]:
-    """Exit code and last line on stderr of a call that must fail, checked to be its one error line, no traceback."""
-    capsys.readouterr()
-    try:  # unlike pytest.raises, this lets go of the traceback, and with it of the loader's processes
-        run(lambda: program(*argv))
-    except SystemExit as left:
-        code = left.code
-    else:
-        pytest.fail(f"the program did not fail: {' '.join(map(str, argv))}")
-    return code, the_error_line(capsys.readouterr().err)
-
-
-def the_error_line(stderr: str) -> str:
-    """The last line; it must be the only one that is an error."""
-    lines = stderr.splitlines()
-    assert lines, "nothing on stderr"
-    assert ERROR_LINE.fullmatch(lines[-1]), stderr
-    assert not [line for line in lines[:-1] if "error" in line.lower() or "Traceback" in line], stderr
-    return lines[-1]
+    """``bad_inputs.failure`` of this program."""
+    return bad_inputs.failure(capsys, argv, program)
 
 
 def tree(*folders: Path) -> dict[str, str]:
