@@ -127,7 +127,8 @@ def test_a_bad_index_is_refused_by_the_check_and_by_the_program_before_anything_
     case = Case(tmp_path)
     spoil(case.data / file_name)
     before = tree(tmp_path)
-    for code, line in (check(capsys, case.data), failure(capsys, case.train() if file_name == TRAIN else case.evaluate())):
+    argv = case.train() if file_name == TRAIN else case.evaluate()
+    for code, line in (check(capsys, case.data), failure(capsys, argv)):
         assert code == 2, line
         assert re.search(message, line), line
     assert without_partial_results(tree(tmp_path)) == before
