@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from data.errors import DataError
 
@@ -89,11 +89,15 @@ def read_jsonl(path: str | Path, *, advice: str = "", allow_empty: bool = False)
 
 
 @contextmanager
-def open_atomic(path: str | Path) -> Iterator[TextIO]:
-    """Text file for writing that takes its name only when the block ends well; else the old file stays as it was.
+def open_atomic(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """File for writing that takes its name only when the block ends well; else the old file stays as it was.
 
-    The text goes to a temporary name in the same folder, reaches the disk, and is renamed over ``path``. The folder is
-    made if needed. A link stays one: what it points to is replaced.
+    The content goes to a temporary name in the same folder, reaches the disk, and is renamed over ``path``. The folder
+    is made if needed. A link stays one: what it points to is replaced.
+
+    Args:
+        path: of the file.
+        binary: it takes bytes; else text, which becomes UTF-8.
 
     Raises:
         DataError: there is something else than a file, such as a device.
@@ -104,7 +108,7 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
+        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="\n") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())

@@ -11,6 +11,7 @@ The size is read from the header and checked before anything is decoded.
 import codecs
 import contextlib
 import io
+import stat
 import warnings
 from pathlib import Path
 
@@ -45,13 +46,25 @@ def load_image(path: str | Path) -> np.ndarray:
     Raises:
         DataError: missing, empty, cut off, broken or too large file, or no image at all; names the file and the reason.
     """
+    return decode_image(read_image_file(path), str(path))
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        DataError: missing, unreadable, or no file but a folder, a pipe, which would be waited for without end, or a
+            device.
+    """
+    path = Path(path)
     try:
-        data = Path(path).read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"cannot read image {path}: it is a directory, a pipe or a device, no file: {_WAY_OUT}")
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"no image {path}: check its folder and the data file that names it") from None
     except OSError as error:
         raise DataError(f"cannot read image {path}: {error.strerror or error}") from None
-    return decode_image(data, str(path))
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

@@ -10,7 +10,6 @@ one; an image name that does not end in .jpg is kept as it is.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -445,24 +444,12 @@ def write_submission(path: str | Path, answers: Sequence[str]) -> None:
         answers: in the order of ``valid.json``.
 
     Raises:
-        DataError: there is none, or one is no text that the array can hold.
+        DataError: there is none, or one is no text that the array can hold; ``path`` is a folder or a device.
     """
     if not answers:
         raise DataError(f"there are no answers to write to {path}: run the evaluation first")
     for row, answer in enumerate(answers):
         if type(answer) is not str or answer.endswith("\0"):  # numpy cuts zeros off
             raise DataError(f"the answer of row {row} must be a text without a zero at its end, got {answer!r:.80}")
-    content = io.BytesIO()
-    np.save(content, np.array(answers, dtype=np.str_), allow_pickle=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(content.getvalue())
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open_atomic(path, binary=True) as handle:
+        np.save(handle, np.array(answers, dtype=np.str_), allow_pickle=False)

@@ -7,7 +7,6 @@ the official accuracy counts them.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.files import write_json_atomic
+from data.files import open_atomic, write_json_atomic
+from data.images import read_image_file
 from data.index_writer import IndexSummary, IndexWriter
 from data.official_files import AbsentError
 from data.vqa_answers import AnswerVocabulary, soft_targets
@@ -191,7 +191,7 @@ class _ArrowWriter:
         if not row["questions"]:
             return
         waiting = self._waiting[name]
-        waiting.append(row | {"image": (self._data_path / row["image"]).read_bytes()})
+        waiting.append(row | {"image": read_image_file(self._data_path / row["image"])})
         self._summary.num_lines[name] += 1
         self._summary.num_questions[name] += len(row["questions"])
         if len(waiting) >= ROWS_IN_MEMORY:
@@ -204,19 +204,9 @@ class _ArrowWriter:
 
     @contextmanager
     def _arrow_file(self, path: Path) -> Iterator[Any]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-        try:
-            with open(temporary, "wb") as handle:
-                with self._pa.ipc.new_file(handle, self._schema) as file:
-                    yield file
-                    self._flush(path.name)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with open_atomic(path, binary=True) as handle, self._pa.ipc.new_file(handle, self._schema) as file:
+            yield file
+            self._flush(path.name)
 
 
 def import_pyarrow() -> Any:

@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -222,6 +223,14 @@ def test_missing_file_is_named(tmp_path):
 def test_folder_in_place_of_a_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot read image .*directory"):
         load_image(tmp_path)
+
+
+def test_a_pipe_or_a_device_among_the_images_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/null")
+    for name in ("device.jpg", "pipe.jpg"):
+        with pytest.raises(DataError, match=rf"cannot read image .*{name}: it is a directory, a pipe or a device"):
+            load_image(tmp_path / name)
 
 
 def test_jpeg_header_gives_size_and_channels():

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -474,11 +475,24 @@ def test_a_submission_that_cannot_be_written_leaves_the_old_one(tmp_path, answer
 def test_a_write_that_fails_leaves_the_old_submission_and_no_rest(tmp_path, monkeypatch):
     path = tmp_path / "submission.npy"
     path.write_bytes(b"old")
-    monkeypatch.setattr("data.vizwiz.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("data.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_submission(path, ["x"])
     assert [file.name for file in tmp_path.iterdir()] == ["submission.npy"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_submission_goes_where_a_link_leads_and_never_over_a_device(tmp_path):
+    target, link, pipe = tmp_path / "there" / "s.npy", tmp_path / "link.npy", tmp_path / "pipe"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    write_submission(link, ["x"])
+    assert link.is_symlink()
+    assert np.load(target, allow_pickle=False).tolist() == ["x"]
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="pipe: it is a folder or a device, not a file"):
+        write_submission(pipe, ["x"])
+    assert pipe.is_fifo()
 
 
 def test_everybodys_answer_is_kept_for_the_epochs_to_draw_from_or_becomes_a_sample():

@@ -142,6 +142,21 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         assert os.listdir(tmp_path / kind) == []
 
 
+def test_arrow_files_go_where_a_link_leads_and_never_over_a_device(tmp_path):
+    pytest.importorskip("pyarrow")
+    data, rows = official(tmp_path / "data"), tmp_path / "rows"
+    rows.mkdir()
+    (rows / "vqav2_train.arrow").symlink_to(tmp_path / "elsewhere.arrow")
+    build(data, rows, kind="arrow")
+    assert (rows / "vqav2_train.arrow").is_symlink()
+    assert len(RowRecords([tmp_path / "elsewhere.arrow"], Words(), 1)) == 3
+    (rows / "vqav2_val.arrow").unlink()
+    os.mkfifo(rows / "vqav2_val.arrow")
+    with pytest.raises(DataError, match=r"vqav2_val\.arrow: it is a folder or a device, not a file"):
+        build(data, rows, kind="arrow")
+    assert (rows / "vqav2_val.arrow").is_fifo()
+
+
 def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DataError, match="pip install pyarrow"):
