@@ -213,18 +213,8 @@ def load_checkpoint(backend: Backend, folder: Path) -> dict[str, Any]:
     Raises:
         EngineError: the folder is torn, or was written by a run of another model.
     """
-    error: EngineError | None = None
-    if distributed.is_main():
-        try:
-            require_sound(folder)
-        except EngineError as raised:
-            error = raised
-    distributed.raise_together(error)
-    try:
-        extra = backend.load(folder)
-    except EngineError as raised:
-        error = raised
-    distributed.raise_together(error)
+    distributed.on_main(lambda: require_sound(folder))
+    extra = distributed.together(lambda: backend.load(folder))
     extra |= _read_amendment(folder)
     saved_world = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     extra["saved_world_size"] = saved_world

@@ -6,10 +6,11 @@ This is the one file (beside the DeepSpeed backend) that reads environment varia
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
+T = TypeVar("T")
 _FAILURE_KEY = "plainvl/first_failure"
 _started_here = False  # whether the process group is ours to leave, or belongs to whoever called us
 _has_had_group = False
@@ -308,6 +310,23 @@ def raise_together(error: Exception | None) -> None:
         error = EngineError(f"rank {failed[0]}: {messages[failed[0]]}")
     error.agreed = True
     raise error
+
+
+def together(work: Callable[[], T]) -> T:
+    """Work on every process; when it fails on one, all raise (see ``raise_together``). All call it together."""
+    found: list[T] = []
+    error: Exception | None = None
+    try:
+        found.append(work())
+    except Exception as raised:
+        error = raised
+    raise_together(error)
+    return found[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Work on the main process alone: what it returns, or its failure, is that of all. All call it together."""
+    return broadcast_object(together(lambda: work() if is_main() else None))
 
 
 def report_failure(message: str) -> None:

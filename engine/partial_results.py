@@ -57,28 +57,10 @@ class PartialResults:
         if folder is None:
             return
         self._path = folder / f".partial-{name}-rank{distributed.rank()}.jsonl"
-        error: Exception | None = None
-        if distributed.is_main():
-            try:
-                self._take_over(json.loads(json.dumps(key)), resume)
-            except OSError as raised:
-                error = self._not_kept(raised)
-        distributed.raise_together(error)
+        distributed.on_main(lambda: self._start(json.loads(json.dumps(key)), resume))
         ids, key = distributed.broadcast_object((list(self._results), dict(key)))
         self.found = frozenset(ids)
-        try:
-            if not distributed.is_main():
-                folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own
-                self._path.unlink(missing_ok=True)
-            # unbuffered: a batch is with the operating system when add returns, and nothing is left to write at the end
-            self._file = self._path.open("ab", buffering=0)
-            if not distributed.is_main():
-                self._write({"key": key})
-        except OSError as raised:
-            error = self._not_kept(raised)
-        except RunError as raised:
-            error = raised
-        distributed.raise_together(error)
+        distributed.together(lambda: self._open(key))
 
     def add(self, results: Mapping[int, Any], *, keep: bool = True) -> None:
         """Take the results of one batch; those that were found already stay as they were found.
@@ -113,6 +95,25 @@ class PartialResults:
         if distributed.is_main():
             for path in self._files():
                 path.unlink(missing_ok=True)
+
+    def _start(self, key: dict[str, Any], resume: bool) -> None:
+        try:
+            self._take_over(key, resume)
+        except OSError as raised:
+            raise self._not_kept(raised) from None
+
+    def _open(self, key: dict[str, Any]) -> None:
+        """Each process its own file; that of the main one holds what was found."""
+        try:
+            if not distributed.is_main():
+                self._folder.mkdir(parents=True, exist_ok=True)  # on a machine of its own
+                self._path.unlink(missing_ok=True)
+            # unbuffered: a batch is with the operating system when add returns, and nothing is left to write at the end
+            self._file = self._path.open("ab", buffering=0)
+            if not distributed.is_main():
+                self._write({"key": key})
+        except OSError as raised:
+            raise self._not_kept(raised) from None
 
     def _take_over(self, key: dict[str, Any], resume: bool) -> None:
         """Read all files of this name into one; the main process's own from now on."""

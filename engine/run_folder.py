@@ -24,24 +24,24 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         EngineError: the folder cannot be written or is not shared by the processes, nothing to resume from, or a new
             run would mix with an old one.
     """
-    error: EngineError | None = None
     probe = output_dir / f"{TEMPORARY}probe"
-    chosen: Path | None = None
-    if distributed.is_main():
+
+    def prepare() -> Path | None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             probe.touch()
             if training:
                 clear_leftovers(output_dir)
-                chosen = _choose_resume(output_dir, resume, auto_resume)
+            chosen = _choose_resume(output_dir, resume, auto_resume) if training else None
             probe.touch()
         except OSError as raised:
-            error = EngineError(
+            raise EngineError(
                 f"--output_dir {output_dir} cannot be written ({raised.strerror}): choose another folder"
-            )
-        except EngineError as raised:
-            error = raised
-    distributed.raise_together(error)
+            ) from None
+        return chosen
+
+    error: EngineError | None = None
+    chosen = distributed.on_main(prepare)
     if not probe.exists():  # every process writes into it: the first checkpoint would fail, perhaps hours later
         error = EngineError(
             f"--output_dir {output_dir} is not the same folder for all processes: put it on a file system that all "
@@ -52,7 +52,7 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
     finally:
         if distributed.is_main():
             probe.unlink()
-    return distributed.broadcast_object(chosen)
+    return chosen
 
 
 def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | None:

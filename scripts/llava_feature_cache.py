@@ -4,11 +4,10 @@ import argparse
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from scripts.llava_folder import LlavaFolder
 
 PART_BYTES = 64 * 2**20  # a stop loses no more than a part of each process
 _PROBE = ".probe"
-T = TypeVar("T")
 
 
 def cached_features(
@@ -60,9 +58,9 @@ def cached_features(
     if folder.model.tower.config.attention_dropout:
         raise ModelError("the image tower has dropout (attention_dropout): leave --feature_cache out")
     kind = _kind(folder, dtype)
-    cache = FeatureFolder(Path(args.feature_cache), kind, _main_only(lambda: _made_with(args, folder, dtype)))
+    cache = FeatureFolder(Path(args.feature_cache), kind, distributed.on_main(lambda: _made_with(args, folder, dtype)))
     root = Path(args.image_folder)
-    places = _main_only(lambda: _find(cache, names, root))
+    places = distributed.on_main(lambda: _find(cache, names, root))
     missing = [name for name in names if name not in places]
     size = f"{len(names)} images, {kind.num_bytes:,} bytes each"
     if missing and args.dry_run:
@@ -70,10 +68,10 @@ def cached_features(
         return None
     broken: dict[str, str] = {}
     if missing:
-        _main_only(lambda: _create(cache, len(missing)))
+        distributed.on_main(lambda: _create(cache, len(missing)))
         _require_shared(cache.folder)
         broken = _fill(args, folder, PictureDataset(missing, root, images), cache, device=device, dtype=dtype)
-        places = _main_only(lambda: _find(cache, names, root))
+        places = distributed.on_main(lambda: _find(cache, names, root))
         lost = [name for name in names if name not in places and name not in broken]
         if lost:
             raise DataError(f"image {lost[0]} was changed while its features were computed: start the command again")
@@ -196,14 +194,14 @@ def _fill(
     with stop.listening(), bar:
         try:
             for _ in range(rounds):
-                _together(lambda: compute(next(batches, None)))
+                distributed.together(lambda: compute(next(batches, None)))
                 bar.update(min(args.batch_size * world_size, len(dataset) - bar.n))
                 stop.raise_if_asked()
         except (DataError, EngineError, RunError, Stopped):
             with suppress(RunError):
                 writer.flush()  # the next start goes on from here
             raise
-        _together(writer.flush)
+        distributed.together(writer.flush)
     return {name: error for part in distributed.gather_objects(broken) for name, error in part.items()}
 
 
@@ -254,20 +252,3 @@ class _PartWriter:
                 "same command goes on, or give another folder"
             ) from None
         self._files, self._features = [], []
-
-
-def _together(work: Callable[[], None]) -> None:
-    """Work on every process; when one fails, all end."""
-    error: Exception | None = None
-    try:
-        work()
-    except (DataError, RunError) as raised:
-        error = raised
-    distributed.raise_together(error)
-
-
-def _main_only(work: Callable[[], T]) -> T:
-    """Work on the main process; its result, or its error, on every process."""
-    found: list[T] = []
-    _together(lambda: found.append(work()) if distributed.is_main() else None)
-    return distributed.broadcast_object(found[0] if found else None)

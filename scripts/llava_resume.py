@@ -10,7 +10,6 @@ from data.errors import DataError
 from data.files import read_json
 from engine import distributed
 from engine.log import say
-from models.errors import ModelError
 from models.lora import LoRAConfig
 from scripts.llava_folder import ADAPTER_CONFIG, CONFIG_FILE, TOWER_SIZES, LlavaFolder
 from scripts.llava_saving import PROJECTOR_FILE
@@ -35,19 +34,16 @@ def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace
         DataError: it was trained on another base, with another rank, scale, projector, or other parts of the model.
         ModelError: its adapter is of a kind that no run of ours writes.
     """
-    error: DataError | ModelError | None = None
-    if distributed.is_main():
-        try:
-            differences = _differences(checkpoint, folder, args)
-            if differences:
-                raise DataError(
-                    f"{checkpoint} is of another run ({'; '.join(differences)}): give the same flags, or another "
-                    "--output_dir"
-                )
-            _say_other_settings(checkpoint.parent / "run.json", args)
-        except (DataError, ModelError) as raised:
-            error = raised
-    distributed.raise_together(error)
+    distributed.on_main(lambda: _check(checkpoint, folder, args))
+
+
+def _check(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
+    differences = _differences(checkpoint, folder, args)
+    if differences:
+        raise DataError(
+            f"{checkpoint} is of another run ({'; '.join(differences)}): give the same flags, or another --output_dir"
+        )
+    _say_other_settings(checkpoint.parent / "run.json", args)
 
 
 def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> list[str]:

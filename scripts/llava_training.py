@@ -97,13 +97,7 @@ def check_samples(samples: list[Conversation], args: argparse.Namespace, folder:
     Raises:
         DataError: turns that do not fit the template, or no label that is left once images have taken their rows.
     """
-    error: DataError | None = None
-    if distributed.is_main():
-        try:
-            _check_samples(samples, args, folder)
-        except DataError as raised:
-            error = raised
-    distributed.raise_together(error)
+    distributed.on_main(lambda: _check_samples(samples, args, folder))
 
 
 def _check_samples(samples: list[Conversation], args: argparse.Namespace, folder: LlavaFolder) -> None:

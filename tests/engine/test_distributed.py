@@ -107,6 +107,7 @@ def test_everything_works_alone():
     assert distributed.all_reduce_(torch.ones(2)).tolist() == [1, 1]
     distributed.barrier()
     distributed.raise_together(None)
+    assert distributed.on_main(lambda: distributed.together(lambda: "x")) == "x"
     with pytest.raises(KeyError):
         distributed.raise_together(KeyError("own"))
     distributed.shutdown()
@@ -212,16 +213,34 @@ def _use_a_group(rank: int, folder: str) -> None:
         distributed.raise_together(EngineError("rank 1 has no data") if rank == 1 else None)
     except EngineError as error:
         result.append(str(error))
+    result.append(distributed.on_main(lambda: f"only rank {rank} works"))
+    for work in (_fail_alone, lambda: distributed.on_main(_fail_alone)):
+        try:
+            distributed.together(work)
+        except (ValueError, EngineError) as error:
+            result.append([type(error).__name__, str(error), error.agreed])
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     distributed.shutdown()
     assert dist.is_initialized()  # and it stays theirs
 
 
+def _fail_alone() -> None:
+    if distributed.is_main():
+        raise ValueError("no such file")
+
+
 def test_two_processes_agree_and_fail_together(tmp_path):
     run_in_processes(_use_a_group, 2, str(tmp_path))
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert zero == [[0, 1], "of 0", 3.0, 2.0, "rank 1: rank 1 has no data"]
-    assert one == [[0, 1], "of 0", 3.0, 2.0, "rank 1 has no data"]
+    common = [[0, 1], "of 0", 3.0, 2.0]
+    assert zero == [
+        *(*common, "rank 1: rank 1 has no data", "only rank 0 works"),
+        *[["ValueError", "no such file", True]] * 2,
+    ]
+    assert one == [
+        *(*common, "rank 1 has no data", "only rank 0 works"),
+        *[["EngineError", "rank 0: no such file", True]] * 2,
+    ]
 
 
 def _join_by_environment(rank: int, variables: dict[str, str], rank_names: tuple[str, str]) -> None:
