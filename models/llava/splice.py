@@ -5,6 +5,7 @@ Letters: B batch, T0 ids with a place an image, T joined rows, I images, P rows 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,36 +59,30 @@ def join_rows(
     Raises:
         ModelError: another number of images than places and samples without one.
     """
-    host = (ids if mask is None else ids.masked_fill(~mask.bool(), _DROPPED)).tolist()
-    length = ids.shape[1]
-    # of each sample its tokens: where they stand in all ids, and whether an image stands there
-    kept = [
-        [(number * length + column, word == IMAGE_PLACE) for column, word in enumerate(row) if word != _DROPPED]
-        for number, row in enumerate(host)
-    ]
-    wanted = sum(max(sum(is_image for _, is_image in row), 1) for row in kept)
+    # numpy: torch's own ``nonzero`` would wait for a device at each call
+    host = (ids if mask is None else ids.masked_fill(~mask.bool(), _DROPPED)).cpu().numpy()
+    kept, is_image = host != _DROPPED, host == IMAGE_PLACE
+    wanted = is_image.sum(1).clip(1).sum()
     if wanted != len(images):
         raise ModelError(
             f"{len(images)} images for {wanted} places: each <image> of a text takes one, and a text without <image> a "
             "stand-in"
         )
-    words = _on(ids.device, [place for row in kept for place, is_image in row if not is_image])
-    vectors = embed(ids.flatten()[words])
+    vectors = embed(ids.flatten()[_places(kept & ~is_image, ids.device)])
     own: Sequence[Tensor] = ()
     if labels is not None:
-        tokens = _on(ids.device, [place for row in kept for place, _ in row])
-        own = labels.flatten()[tokens].split([len(row) for row in kept])
+        own = labels.flatten()[_places(kept, ids.device)].split(kept.sum(1).tolist())
     rows, targets, used, first = [], [], 0, 0
-    for number, row in enumerate(kept):
+    for number, (is_token, is_place) in enumerate(zip(kept, is_image, strict=True)):
         parts, marks = [], []
-        places = [index for index, (_, is_image) in enumerate(row) if is_image]
+        places, length = is_place[is_token].nonzero()[0].tolist(), is_token.sum()
         begin = 0
-        for place in [*places, len(row)]:
+        for place in [*places, length]:
             parts.append(vectors[first : first + place - begin])
             first += place - begin
             if labels is not None:
                 marks.append(own[number][begin:place])
-            if place < len(row):
+            if place < length:
                 parts.append(images[used].to(vectors.dtype))
                 if labels is not None:
                     marks.append(labels.new_full((len(images[used]),), IGNORED))
@@ -115,8 +110,9 @@ def pad_rows(rows: Rows, padding_side: str = "right") -> Joined:
     return Joined(embeds, labels, present, lengths)
 
 
-def _on(device: torch.device, places: list[int]) -> Tensor:
-    return torch.tensor(places, dtype=torch.long).to(device, non_blocking=True)
+def _places(chosen: Any, device: torch.device) -> Tensor:
+    """Where a numpy array of truths is true, counted through its rows."""
+    return torch.from_numpy(chosen.ravel().nonzero()[0]).to(device, non_blocking=True)
 
 
 def _padded(row: Tensor, length: int, value: float, side: str) -> Tensor:
