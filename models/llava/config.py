@@ -11,6 +11,8 @@ from models.config_values import ConfigTable, is_bool, is_int, is_positive_int, 
 from models.errors import ModelError
 
 FEATURES = ("patch", "cls_patch")
+_LLAMAS = ("llama", "llava", "llava_llama")
+_MISTRALS = ("mistral", "llava_mistral")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class LlamaConfig:
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if key not in values:
                 raise ModelError(f"{where} has no {key}: give the config.json of the language model")
+        if table.need("model_type", (*_LLAMAS, *_MISTRALS), "llama") in _MISTRALS:
+            _refuse_a_window(table)
         table.need("hidden_act", ("silu",), "silu")
         table.need("attention_bias", (False,), False)
         table.need("mlp_bias", (False,), False)
@@ -78,6 +82,19 @@ class LlamaConfig:
             eos_token_id=table.read("eos_token_id", is_int, 2),
             # published configs have -1, or the id of a token that was added without a row
             pad_token_id=padding if type(padding) is int and 0 <= padding < size else 0,
+        )
+
+
+def _refuse_a_window(table: ConfigTable) -> None:
+    """Mistral is Llama but for other defaults, and for the window that a token sees back to."""
+    for key in ("num_key_value_heads", "max_position_embeddings", "sliding_window"):
+        if key not in table.values:
+            raise ModelError(f"{table.where} has no {key}, whose default in Mistral is not implemented here: add it")
+    window, positions = table.values["sliding_window"], table.read("max_position_embeddings", is_positive_int, 0)
+    if window is not None and table.read("sliding_window", is_positive_int, 0) < positions:
+        raise ModelError(
+            f"{table.where}: a sliding_window of {window} among {positions} positions (Mistral) is not implemented "
+            "here: give a model without one"
         )
 
 

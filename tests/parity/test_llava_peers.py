@@ -155,6 +155,30 @@ def language_models() -> tuple[nn.Module, Decoder]:
     return peer, ours
 
 
+@pytest.mark.parametrize(("window", "positions"), [(None, 256), (256, 256), (4, 256)])
+def test_mistral_is_llama_without_a_window_and_refused_with_one(window, positions):
+    torch.manual_seed(5)
+    sizes = TEXT | {"max_position_embeddings": positions, "sliding_window": window}
+    peer = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, pad_token_id=0)).eval()
+    values = peer.config.to_dict()
+    if window == 4:
+        with pytest.raises(ModelError, match=r"a sliding_window of 4 among 256 positions \(Mistral\)"):
+            LlamaConfig.from_dict(values)
+        return
+    ours = Decoder(LlamaConfig.from_dict(values)).eval()
+    load_weights(ours, peer.state_dict(), may_be_extra=("*rotary_emb*",))
+    ids = torch.randint(3, 60, (2, 19))
+    with torch.no_grad():
+        assert_near(ours(ids), peer(ids).logits)
+
+
+def test_another_kind_of_language_model_is_refused_by_its_name():
+    with pytest.raises(ModelError, match="model_type 'qwen2' is not implemented here, only 'llama'"):
+        LlamaConfig.from_dict(TEXT | {"model_type": "qwen2"})
+    with pytest.raises(ModelError, match="has no sliding_window, whose default in Mistral is not implemented"):
+        LlamaConfig.from_dict(TEXT | {"model_type": "llava_mistral"})
+
+
 def test_our_adapter_loads_in_peft(tmp_path):
     peer, ours = language_models()
     config = LoRAConfig(r=4, lora_alpha=12, lora_dropout=0.0, base_model_name_or_path="base")
