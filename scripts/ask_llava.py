@@ -187,7 +187,7 @@ def answers_to(
     room = model.config.text.max_position_embeddings - decoding.max_new_tokens
     room = min(room, model.config.max_length or room)
     for number, ids in enumerate(encoded, start=1):
-        length = len(ids) - 1 + features.shape[1]
+        length = len(ids) - 1 + model.image_rows
         if length > room:
             raise DataError(
                 f"--question: number {number} takes {length} places with the picture, and {room} are left beside the "

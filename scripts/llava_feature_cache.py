@@ -92,8 +92,7 @@ def _kind(folder: LlavaFolder, dtype: torch.dtype | None) -> FeatureKind:
     """
     model = folder.model
     is_linear = len(list(model.model.mm_projector.parameters())) > 0
-    rows = model.vision_config.num_tokens - (model.config.mm_vision_select_feature != "cls_patch")
-    return FeatureKind(rows, model.config.mm_hidden_size, dtype if dtype and is_linear else torch.float32)
+    return FeatureKind(model.image_rows, model.config.mm_hidden_size, dtype if dtype and is_linear else torch.float32)
 
 
 def _made_with(args: argparse.Namespace, folder: LlavaFolder, dtype: torch.dtype | None) -> dict[str, object]:

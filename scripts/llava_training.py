@@ -101,7 +101,7 @@ def check_samples(samples: list[Conversation], args: argparse.Namespace, folder:
 
 
 def _check_samples(samples: list[Conversation], args: argparse.Namespace, folder: LlavaFolder) -> None:
-    image_rows = num_image_rows(folder)
+    image_rows = folder.model.image_rows
     cut = labels = 0
     bar = tqdm(samples, desc="checking samples", unit="sample", leave=False, disable=None)
     for number, sample in enumerate(bar):
@@ -131,12 +131,6 @@ def _check_samples(samples: list[Conversation], args: argparse.Namespace, folder
     drawn = [len(sample.answers) for sample in samples if sample.answers]
     if drawn:
         say(f"train: {len(drawn)} samples with {ANSWERS_KEY}: each epoch draws among their {sum(drawn)} answers")
-
-
-def num_image_rows(folder: LlavaFolder) -> int:
-    """Rows that an image takes in a sequence."""
-    patches = (folder.vision.image_size // folder.vision.patch_size) ** 2
-    return patches + (folder.model.config.mm_vision_select_feature == "cls_patch")
 
 
 def training_loss(folder: LlavaFolder) -> Callable[[nn.Module, dict[str, Any], int], dict[str, Any]]:

@@ -244,10 +244,9 @@ def describe_scores(scores: Mapping[str, Any]) -> list[str]:
 
 def _most_tokens(folder: LlavaFolder) -> int:
     """Ids of a prompt, the image's one among them, that the model neither cuts nor has never learnt."""
-    config, vision = folder.model.config, folder.vision
-    rows = (vision.image_size // vision.patch_size) ** 2 + (config.mm_vision_select_feature == "cls_patch")
+    config = folder.model.config
     longest = config.text.max_position_embeddings
-    return min(config.max_length or longest, longest) - rows + 1
+    return min(config.max_length or longest, longest) - folder.model.image_rows + 1
 
 
 def _generator(seed: int, place: int, device: torch.device) -> torch.Generator:

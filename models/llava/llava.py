@@ -62,6 +62,11 @@ class LlavaForCausalLM(nn.Module):
         """The image tower."""
         return self.model.vision_tower.vision_tower.vision_model
 
+    @property
+    def image_rows(self) -> int:
+        """P: rows that an image takes in a sequence."""
+        return self.vision_config.num_tokens - (self.config.mm_vision_select_feature == "patch")
+
     def tower_features(self, pixels: Tensor) -> Tensor:
         """(I, 3, S, S), normalised -> (I, P, C) features; without gradients unless the tower is trained."""
         trained = any(parameter.requires_grad for parameter in self.tower.parameters())

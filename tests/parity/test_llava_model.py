@@ -241,6 +241,7 @@ def test_joining_reads_the_ids_once_and_waits_for_the_device_nowhere_else(multim
             return func(*args, **kwargs or {})
 
     features = model.tower_features(inputs["pixel_values"])
+    assert features.shape[1] == model.image_rows
     with Watch():
         rows = model.rows(
             inputs["input_ids"], features=features, mask=inputs["attention_mask"], labels=inputs["labels"]
