@@ -34,6 +34,12 @@ def test_a_state_dict_is_found_bare_or_under_its_key_in_either_format(tmp_path, 
     assert_is_state(read_state_dict(tmp_path / "w.pth"))
 
 
+@pytest.mark.parametrize("name", ["weights.zip", "weights", "weights.pth.download"])
+def test_a_checkpoint_is_known_by_its_content_whatever_its_name(tmp_path, name):
+    torch.save({"model": STATE}, tmp_path / name)
+    assert_is_state(read_state_dict(tmp_path / name))
+
+
 def test_another_key_can_be_given(tmp_path):
     torch.save({"model": {"x": torch.ones(1)}, "ema": STATE}, tmp_path / "w.pth")
     assert_is_state(read_state_dict(tmp_path / "w.pth", model_key="absent|ema|model"))
