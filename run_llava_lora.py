@@ -35,7 +35,7 @@ from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
 from scripts.llava_model import build_for_training
 from scripts.llava_optim import llava_parameter_groups, llava_schedule
-from scripts.llava_resume import check_resume
+from scripts.llava_resume import DATA_FILE, check_resume, describe_data
 from scripts.llava_saving import checkpoint_format, publish
 
 
@@ -57,12 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     if output_dir is not None:
         resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
 
-    # ---- 2. base, adapters, data ----
+    # ---- 2. data, base, adapters ----
+    samples = llava_training.read_samples(args)
+    args.training_data = describe_data(samples, args)
     folder = build_for_training(args, dtype, device)
     if resume_from is not None:
-        check_resume(resume_from, folder, args)
+        check_resume(resume_from, folder, args, args.training_data)
     validate, val_loader = llava_training.validation(args, folder, device=device, dtype=dtype)
-    train_loader = llava_training.train_loader(args, folder, device=device, dtype=dtype)
+    train_loader = llava_training.train_loader(args, folder, samples, device=device, dtype=dtype)
     torch.manual_seed(args.seed + distributed.rank())
 
     # ---- 3. train ----
@@ -136,6 +138,7 @@ def train(
         log_every=1 if args.dry_run else args.logging_steps,
         max_nonfinite=args.max_nonfinite,
         best_metric=llava_training.BEST_METRIC,
+        checkpoint_files={DATA_FILE: json.dumps(args.training_data).encode()},
     )
 
     # ---- 7. train ----

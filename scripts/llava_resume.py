@@ -1,48 +1,71 @@
-"""Whether a checkpoint fits the run that is to go on from it: the same base, scale and projector."""
+"""Whether a checkpoint fits the run that is to go on from it: the same base, scale, projector and training data."""
 
 import argparse
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.files import read_json
+from data.llava_conversation import TEMPLATES
+from data.llava_dataset import Conversation
 from engine import distributed
 from engine.log import say
 from models.lora import LoRAConfig
 from scripts.llava_folder import ADAPTER_CONFIG, CONFIG_FILE, TOWER_SIZES, LlavaFolder
 from scripts.llava_saving import PROJECTOR_FILE
 
+DATA_FILE = "training_data.json"  # in every checkpoint: what it has been trained on
 _TRAINED = {"lora": "adapters", "projector": "the projector alone", "full": "the model itself"}
 _NOT_OF_THE_MODEL = ("mm_projector_lr", "mm_vision_tower", TOWER_SIZES)
 # flags of the run before: a run may go on with others, but hardly by intention
-_NOTED = ("version", "data_path", "image_folder", "image_aspect_ratio", "model_max_length", "limit_samples", "bits")
-_NOTED += ("vision_tower", "tokenizer", "seed")
-_PATHS = ("data_path", "image_folder", "vision_tower", "tokenizer")
+_NOTED = ("image_folder", "image_aspect_ratio", "model_max_length", "bits", "vision_tower", "tokenizer", "seed")
+_PATHS = ("image_folder", "vision_tower", "tokenizer")
 
 
-def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint of another model, and say which other settings differ; all processes call it together.
+def describe_data(samples: Sequence[Conversation], args: argparse.Namespace) -> dict[str, Any]:
+    """What tells training data from others: number, template, and a checksum of texts, answers and image names."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.turns, sample.image, sample.answers)).encode())
+    return {"samples": len(samples), "version": args.version, "sha256": digest.hexdigest()}
+
+
+def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model or other data, and say which other settings differ; all call it together.
+
+    Whoever asks for the checkpoint by ``--resume_from_checkpoint`` is taken at his word about the data, with a warning.
 
     Args:
         checkpoint: to go on from.
         folder: of this run, as ``build_for_training`` made it.
         args: of this run.
+        data: of this run, from ``describe_data``.
 
     Raises:
-        DataError: it was trained on another base, with another rank, scale, projector, or other parts of the model.
+        DataError: it was trained on another base, with another rank, scale, projector, other parts of the model, other
+            data or another template.
         ModelError: its adapter is of a kind that no run of ours writes.
     """
-    distributed.on_main(lambda: _check(checkpoint, folder, args))
+    distributed.on_main(lambda: _check(checkpoint, folder, args, data))
 
 
-def _check(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
+def _check(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace, data: dict[str, Any]) -> None:
     differences = _differences(checkpoint, folder, args)
     if differences:
         raise DataError(
             f"{checkpoint} is of another run ({'; '.join(differences)}): give the same flags, or another --output_dir"
         )
+    if other := _other_data(checkpoint, args, data):
+        if not args.resume:
+            raise DataError(
+                f"{checkpoint} was trained on {other}: give the same data, or another --output_dir to train anew; "
+                "--resume_from_checkpoint latest goes on with the new data"
+            )
+        say(f"warning: goes on from {checkpoint}, which was trained on {other}")
     _say_other_settings(checkpoint.parent / "run.json", args)
 
 
@@ -71,6 +94,22 @@ def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace
         if key.startswith("mm_") and key not in _NOT_OF_THE_MODEL and saved.get(key) != mine.get(key):
             found.append(f"{key} {mine.get(key)} instead of {saved.get(key)}")
     return found
+
+
+def _other_data(checkpoint: Path, args: argparse.Namespace, data: dict[str, Any]) -> str:
+    """How the data of a checkpoint differ from this run's; empty if they do not, or if it does not tell."""
+    if not (checkpoint / DATA_FILE).is_file():
+        return ""
+    before = _read_object(checkpoint / DATA_FILE)
+    if before.get("sha256") != data["sha256"]:
+        which = f"{before.get('samples')} samples, this file has {data['samples']}"
+        if before.get("samples") == data["samples"]:
+            which = f"as many samples, but other questions, prompts, answers or images: {data['samples']}"
+        return f"other data than {args.data_path} ({which})"
+    version = before.get("version")
+    if TEMPLATES.get(version) != TEMPLATES[args.version]:
+        return f"prompts of another template (--version {args.version} instead of {version})"
+    return ""
 
 
 def _is_same_place(before: str, now: str) -> bool:

@@ -37,19 +37,32 @@ BEST_METRIC = "accuracy"
 Validate = Callable[[nn.Module, EvalLoader, int], dict[str, float]]
 
 
+def read_samples(args: argparse.Namespace) -> list[Conversation]:
+    """The samples of ``--data_path``, cut by ``--limit_samples``.
+
+    Raises:
+        DataError: a broken file or sample.
+    """
+    return read_conversations(args.data_path)[: args.limit_samples]
+
+
 def train_loader(
-    args: argparse.Namespace, folder: LlavaFolder, *, device: torch.device, dtype: torch.dtype | None
+    args: argparse.Namespace,
+    folder: LlavaFolder,
+    samples: list[Conversation],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> TrainLoader:
-    """Every sample of ``--data_path``, checked from the first to the last before any step.
+    """Every sample, checked from the first to the last before any step.
 
     ``dtype`` is that of autocast, for the features of ``--feature_cache``.
 
     Raises:
-        DataError: a broken file or sample, images that are not there, too few samples for a step, or a feature cache
-            that does not fit.
+        DataError: a sample that cannot be learnt from, images that are not there, too few samples for a step, or a
+            feature cache that does not fit.
         RunError: no room for the features.
     """
-    samples = read_conversations(args.data_path)[: args.limit_samples]
     if not args.skip_broken_images:
         images = (sample.image for sample in samples if sample.image is not None)
         check_images_exist(images, Path(args.image_folder), flag="--image_folder")

@@ -20,7 +20,19 @@ from scripts.llava_model import build_for_training
 from tests.engines import assert_same_result, assert_sound
 from tests.helpers import run_in_processes
 from tests.nursery import Nursery
-from tests.scripts.llava_run import BASE, IMAGES, TOWER, copy_of, program, rows, start, train_flags, trained_run
+from tests.scripts.bad_inputs import failure
+from tests.scripts.llava_run import (
+    BASE,
+    IMAGES,
+    TOWER,
+    conversation,
+    copy_of,
+    program,
+    rows,
+    start,
+    train_flags,
+    trained_run,
+)
 from tests.scripts.vqa_run import differences, read_lines, tree
 
 PUBLISHED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "non_lora_trainables.bin")
@@ -289,12 +301,51 @@ def test_a_run_that_goes_on_names_other_settings_and_takes_a_base_that_has_moved
     model.parent.rename(tmp_path / "second")
     argv = train_flags(tmp_path / "run", "--max_steps", 2, model=tmp_path / "second" / "llava")
     capsys.readouterr()
-    program(*argv, "--lora_dropout", "0.5", "--version", "llava_v1", "--image_aspect_ratio", "square")
+    program(*argv, "--lora_dropout", "0.5", "--seed", 7, "--image_aspect_ratio", "square")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "other settings" in line]
-    assert "--version llava_v1 instead of v1" in line
+    assert "--seed 7 instead of 42" in line
     assert "--image_aspect_ratio square instead of pad" in line
     assert "--lora_dropout 0.5 instead of 0.05" in line
     assert line.count("instead of") == 3
+
+
+def with_other_answers(folder: Path) -> Path:
+    path = folder / "other.json"
+    path.write_text(json.dumps([conversation(n, "a jug", None) for n in range(16)]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda folder: {"data": with_other_answers(folder)}, "but other questions, prompts, answers or images: 16)"),
+        (lambda folder: {"more": ("--limit_samples", 8)}, r"(16 samples, this file has 8)"),
+        (lambda folder: {"more": ("--version", "llava_v1")}, "another template (--version llava_v1 instead of v1)"),
+    ],
+    ids=["answers", "number", "template"],
+)
+def test_a_run_that_has_ended_does_not_stand_for_other_data(tmp_path, capsys, change, what):
+    """Going on by itself it would say that it is done, and answer new prompts with the old adapter."""
+    run = copy_of(trained_run(), tmp_path / "run")
+    before = tree(run)
+    changed = change(tmp_path)
+    argv = train_flags(run, *changed.pop("more", ()), **changed)
+    code, line = failure(capsys, argv, program)
+    assert (code, tree(run)) == (2, before)
+    assert what in line
+    assert "another --output_dir to train anew; --resume_from_checkpoint latest goes on with the new data" in line
+    program(*argv, "--resume_from_checkpoint", "latest", "--num_train_epochs", 2)
+    assert f"warning: goes on from {run / 'checkpoint-0'}, which was trained on" in capsys.readouterr().err
+    program(*argv, "--num_train_epochs", 2)  # by now it is of this data
+    assert "warning: goes on from" not in capsys.readouterr().err
+
+
+def test_the_same_data_in_another_file_is_the_same(tmp_path, capsys):
+    run = copy_of(trained_run(), tmp_path / "run")
+    path = tmp_path / "moved.json"
+    path.write_text(json.dumps(rows(), indent=4))
+    program(*train_flags(run, "--version", "vicuna_v1", data=path))
+    assert "warning" not in capsys.readouterr().err
 
 
 _TWO_EPOCHS = ("--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "3")
