@@ -171,6 +171,11 @@ def encode_conversation(
     if reference:
         return Encoded(ids, _reference_labels(ids, prompt, tokenizer, template, has_image, max_length))
     labels = _labels(ids, places, written)
+    if not any(role == GPT for role, _ in turns):
+        raise DataError(
+            f"{where}: no turn of {GPT!r} follows one of {HUMAN!r}, so nothing can be learned: put the question before "
+            "its answer"
+        )
     if all(label == IGNORE_INDEX for label in labels[:max_length]):
         raise DataError(
             f"{where}: no token of an answer within the first {max_length} of {len(ids)} tokens, so nothing can be "

@@ -203,19 +203,27 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry_run", action="store_true", help="build everything, take two steps, write nothing")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags, checked as far as no weights and no data are read; with the names that the shared parts look up."""
+def parse_args(argv: list[str] | None = None, *, data_is_made: bool = True) -> argparse.Namespace:
+    """Flags, checked as far as no weights and no data are read; with the names that the shared parts look up.
+
+    Without ``data_is_made`` the files of ``scripts/format_dataset_for_llava.py`` may still be missing.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     args.notes = []
     try:
         _check(args)
         _note_what_has_no_effect(args, parser)
-        _find_places(args)
+        _find_places(args, data_is_made)
     except DataError as error:
         parser.error(str(error))
     _fill_in_shared(args)
     return args
+
+
+def parse_args_before_data(argv: list[str] | None = None) -> argparse.Namespace:
+    """``parse_args`` for ``scripts/main.sh``, which looks for mistakes before it makes the data."""
+    return parse_args(argv, data_is_made=False)
 
 
 def mode_of(args: argparse.Namespace) -> str:
@@ -281,14 +289,14 @@ def _note_what_has_no_effect(args: argparse.Namespace, parser: argparse.Argument
         args.notes.append(f"--report_to {args.report_to} has no effect: log.txt and --log_dir hold the figures")
 
 
-def _find_places(args: argparse.Namespace) -> None:
+def _find_places(args: argparse.Namespace, data_is_made: bool) -> None:
     """Existing folders and files, or an error that names the flag."""
     model = Path(args.model_name_or_path)
     if not model.is_dir():
         raise DataError(
             f"no model folder at {model}: give --model_name_or_path (docs/llava.md tells which); nothing is downloaded"
         )
-    if not Path(args.data_path).is_file():
+    if data_is_made and not Path(args.data_path).is_file():
         raise DataError(
             f"no file {args.data_path}: run python scripts/format_dataset_for_llava.py first, or give --data_path"
         )
@@ -298,7 +306,7 @@ def _find_places(args: argparse.Namespace) -> None:
         args.val_questions = args.val_questions or str(Path(args.data_path).with_name("heldout_for_llava.jsonl"))
         args.val_image_folder = args.val_image_folder or args.image_folder
         for flag in ("val_annotations", "val_questions"):
-            if not Path(getattr(args, flag)).is_file():
+            if data_is_made and not Path(getattr(args, flag)).is_file():
                 raise DataError(f"no file {getattr(args, flag)}: give --{flag}")
     args.deepspeed_file = None
     if args.deepspeed:

@@ -14,12 +14,17 @@ from data.llava_conversation import TEMPLATES
 from data.llava_dataset import Conversation
 from engine import distributed
 from engine.log import say
+from engine.zero_files import RUN_FILE
 from models.lora import LoRAConfig
 from scripts.llava_folder import ADAPTER_CONFIG, CONFIG_FILE, TOWER_SIZES, LlavaFolder
 from scripts.llava_saving import PROJECTOR_FILE
 
 DATA_FILE = "training_data.json"  # in every checkpoint: what it has been trained on
-_TRAINED = {"lora": "adapters", "projector": "the projector alone", "full": "the model itself"}
+_TRAINED = {
+    "lora": "adapters",
+    "projector": "the projector alone (--tune_mm_mlp_adapter True)",
+    "full": "the model itself (--lora_enable False)",
+}
 _NOT_OF_THE_MODEL = ("mm_projector_lr", "mm_vision_tower", TOWER_SIZES)
 # flags of the run before: a run may go on with others, but hardly by intention
 _NOTED = ("image_folder", "image_aspect_ratio", "model_max_length", "bits", "vision_tower", "tokenizer", "seed")
@@ -75,7 +80,7 @@ def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace
     if mode != args.mode:
         return [f"it trained {_TRAINED[mode]}, this one trains {_TRAINED[args.mode]}"]
     saved = _read_object(checkpoint / CONFIG_FILE)
-    found, base = [], saved.get("_name_or_path", "")
+    found, base = _other_backend(checkpoint, args), saved.get("_name_or_path", "")
     if folder.adapter is not None:
         where = checkpoint / ADAPTER_CONFIG
         before = LoRAConfig.from_dict(_read_object(where), str(where))
@@ -94,6 +99,16 @@ def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace
         if key.startswith("mm_") and key not in _NOT_OF_THE_MODEL and saved.get(key) != mine.get(key):
             found.append(f"{key} {mine.get(key)} instead of {saved.get(key)}")
     return found
+
+
+def _other_backend(checkpoint: Path, args: argparse.Namespace) -> list[str]:
+    """Whether it was trained with DeepSpeed and this run is not, or the reverse."""
+    with_deepspeed = (checkpoint / RUN_FILE).is_file()
+    if with_deepspeed == args.enable_deepspeed:
+        return []
+    if not with_deepspeed:
+        return ["--deepspeed, which it was trained without"]
+    return ["no --deepspeed, with which it was trained"]
 
 
 def _other_data(checkpoint: Path, args: argparse.Namespace, data: dict[str, Any]) -> str:

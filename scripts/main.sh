@@ -53,7 +53,9 @@ else
     # shellcheck disable=SC2206  # several flags in one variable
     answering+=(--submission-file "${SUBMISSION:-submission.npy}" ${EVAL_FLAGS:-})
 
-    if [[ -z ${PLAINVL_PRINT:-} ]]; then # before hours of training
+    if [[ -z ${PLAINVL_PRINT:-} ]]; then # before anything is written, and before hours of training
+        need_number NPROC_PER_NODE "a number of processes" "${NPROC_PER_NODE:-1}"
+        check_flags scripts.llava_args:parse_args_before_data "${training[@]}" "$@"
         [[ -d $images ]] || fail "no folder $images with the images to ask about: give IMAGE_FOLDER"
         check_flags scripts.model_vqa_loader "${answering[@]}"
     fi

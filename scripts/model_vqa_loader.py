@@ -43,7 +43,7 @@ _DRY_BATCHES = 2
 
 def build_parser() -> argparse.ArgumentParser:
     """The original's flags in both spellings, and ours."""
-    p = OneLineParser(description=__doc__, formatter_class=_Formatter, allow_abbrev=False)
+    p = OneLineParser(prog="model_vqa_loader.py", description=__doc__, formatter_class=_Formatter, allow_abbrev=False)
 
     def add(group: Any, name: str, **options: Any) -> None:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}", f"--{name.replace('_', '-')}"))

@@ -210,7 +210,7 @@ def test_an_answer_beyond_the_maximal_length_is_an_error(tokenizer, has_image):
         ([("gpt", "a"), ("gpt", "b")], "turn 2 is from 'gpt', must be from 'human'"),
         ([("human", "a"), ("assistant", "b")], "turn 2 is from 'assistant'"),
         ([("human", "a"), ("gpt", None)], "turn 2 has no text but None"),
-        ([("human", "a")], "no token of an answer"),
+        ([("human", "a")], "no turn of 'gpt' follows one of 'human', so nothing can be learned"),
     ],
 )
 def test_turns_that_do_not_fit_are_an_error_that_names_the_sample(tokenizer, turns, message):

@@ -217,7 +217,10 @@ def a_checkpoint_of_another_layer_of_the_tower(case):
     return case.resume()
 
 
-@bad(r"is of another run \(it trained adapters, this one trains the projector alone\)")
+@bad(
+    r"checkpoint-0 is of another run \(it trained adapters, this one trains the projector alone "
+    r"\(--tune_mm_mlp_adapter True\)\): give the same flags, or another --output_dir"
+)
 def a_checkpoint_of_another_kind(case):
     return case.resume("--tune_mm_mlp_adapter", "True")
 
@@ -227,6 +230,13 @@ def a_projectors_checkpoint_of_another_base(case):
     shutil.copytree(BASE, case.model.with_name("other"))
     program(*case.train("--tune_mm_mlp_adapter", "True"))
     return case.train("--tune_mm_mlp_adapter", "True", "--model_name_or_path", case.model.with_name("other"))
+
+
+@bad(r"checkpoint-0 is of another run \(no --deepspeed, with which it was trained\): give the same flags, or another")
+def a_checkpoint_of_deepspeed(case):
+    argv = case.resume()
+    (case.output / "checkpoint-0" / "deepspeed_run.pth").write_bytes(b"")
+    return argv
 
 
 # ---- the data ----
@@ -290,6 +300,11 @@ def an_answer_behind_the_longest_length(case):
 def two_questions_in_a_row(case):
     turn = {"from": "human", "value": "<image>\nWhat?"}
     return case.sample(conversations=[turn, turn | {"value": "again?"}])
+
+
+@bad(r"sample 0 \(s0\): no turn of 'gpt' follows one of 'human', so nothing .*: put the question before its answer")
+def an_answer_before_its_question(case):
+    return case.sample(conversations=rows()[0]["conversations"][::-1])
 
 
 @bad(r"3 training samples do not fill one step of 4 \(per_device_train_batch_size 2 x gradient_.*lower the batch size")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import run_llava_lora
+from data.errors import DataError
 from data.llava_conversation import TEMPLATES
 from engine.errors import EngineError
 from engine.weights import read_state_dict
@@ -17,6 +18,7 @@ from models.lora import PEFT_PREFIX
 from scripts.llava_args import parse_args
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from scripts.llava_model import build_for_training
+from scripts.llava_resume import check_resume
 from tests.engines import assert_same_result, assert_sound
 from tests.helpers import run_in_processes
 from tests.nursery import Nursery
@@ -338,6 +340,13 @@ def test_a_run_that_has_ended_does_not_stand_for_other_data(tmp_path, capsys, ch
     assert f"warning: goes on from {run / 'checkpoint-0'}, which was trained on" in capsys.readouterr().err
     program(*argv, "--num_train_epochs", 2)  # by now it is of this data
     assert "warning: goes on from" not in capsys.readouterr().err
+
+
+def test_a_run_without_deepspeed_does_not_go_on_with_it(tmp_path):
+    flags = ("--deepspeed", "scripts/zero2.json")
+    args = parse_args(train_flags(tmp_path / "none", *flags))
+    with pytest.raises(DataError, match=r"of another run \(--deepspeed, which it was trained without\): give the same"):
+        check_resume(trained_run() / "checkpoint-0", start_of(tmp_path, *flags), args, {})
 
 
 def test_the_same_data_in_another_file_is_the_same(tmp_path, capsys):

@@ -27,6 +27,9 @@ PARSERS = {
 }
 
 
+TRAIN_FILE = "data/train_for_llava.json"
+
+
 def shell(words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
     """Run a line of a user's shell, in which nothing of the launchers is set."""
     ours = ("MODEL", "DATA_PATH", "OUTPUT_DIR", "SUBMISSION", "PLAINVL_PRINT", "NPROC_PER_NODE")
@@ -107,22 +110,29 @@ def test_a_failure_ends_the_script_but_not_the_shell_that_sourced_it(workplace, 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        ("set -- --learning_rate fast", "run_llava_lora.py: error: argument --learning_rate: 'fast' is no number"),
+        ("set -- --bits 4 --lora_enable False", "run_llava_lora.py: error: --bits 4 is for frozen weights"),
+        ("set -- --val_annotations data/none.json --deepspeed none.json", "no such file: none.json"),
+        ("rm -r data/train", "run_llava_lora.py: error: no folder data/train: give --image_folder"),
         ("rm -r data/valid", "main.sh: error: no folder data/valid with the images to ask about: give IMAGE_FOLDER"),
         ("rm data/train.json", "train.json"),
-        ("export EVAL_FLAGS=--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("export EVAL_FLAGS=--no_such_flag", "model_vqa_loader.py: error: unrecognized arguments: --no_such_flag"),
         ("export FORMAT_FLAGS='--hold_out 2'", "--hold_out"),
         ("export NPROC_PER_NODE=x", "NPROC_PER_NODE must be a number of processes, got 'x'"),
         ("export PLAINVL_VENV=none", "has no bin/python"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_trained(workplace, tmp_path, spoil, message):
+def test_a_mistake_is_one_line_before_anything_is_written(workplace, tmp_path, spoil, message):
     for name in ("data", "llava", "clip"):
         shutil.copytree(workplace / name, tmp_path / name)
-    done = shell(f"{spoil}; MODEL=llava source {shlex.quote(str(SCRIPT))} {shlex.join(SMALL)}", tmp_path)
+    (tmp_path / TRAIN_FILE).unlink(missing_ok=True)  # of another test
+    source = f'MODEL=llava source {shlex.quote(str(SCRIPT))} {shlex.join(SMALL)} "$@"'
+    done = shell(f"{spoil}; {source}", tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / TRAIN_FILE).exists()
 
 
 def test_help_is_its_head_and_nothing_runs(tmp_path):
