@@ -82,10 +82,10 @@ def beit3_forward_flops(config: BEiT3Config, text_length: int, *, is_captioning:
     return layers + last + patches + answers
 
 
-def torchscale_trunk(config: BEiT3Config, ours: nn.Module, *, checkpoint_activations: bool) -> nn.Module:
-    """Torchscale's BEiT-3 with our trunk's weights, behind our trunk's arguments."""
+def build_torchscale(config: BEiT3Config, *, checkpoint_activations: bool = False) -> nn.Module:
+    """Torchscale's BEiT-3 with new weights, of the same sizes as our trunk."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # timm calls the import path that torchscale uses deprecated
         try:
             from torchscale.architecture.config import EncoderConfig
             from torchscale.model.BEiT3 import BEiT3 as TorchscaleBEiT3
@@ -93,7 +93,7 @@ def torchscale_trunk(config: BEiT3Config, ours: nn.Module, *, checkpoint_activat
             raise SystemExit(
                 f"error: {error}: pip install --no-deps torchscale timm fairscale, or --peer none"
             ) from error
-    trunk = TorchscaleBEiT3(
+    return TorchscaleBEiT3(
         EncoderConfig(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -102,6 +102,7 @@ def torchscale_trunk(config: BEiT3Config, ours: nn.Module, *, checkpoint_activat
             encoder_attention_heads=config.num_heads,
             encoder_ffn_embed_dim=config.mlp_ratio * config.embed_dim,
             encoder_layers=config.num_layers,
+            max_source_positions=config.max_text_positions,
             normalize_output=config.normalize_output,
             drop_path_rate=config.drop_path,
             checkpoint_activations=checkpoint_activations,
@@ -109,6 +110,11 @@ def torchscale_trunk(config: BEiT3Config, ours: nn.Module, *, checkpoint_activat
             no_output_layer=True,
         )
     )
+
+
+def torchscale_trunk(config: BEiT3Config, ours: nn.Module, *, checkpoint_activations: bool) -> nn.Module:
+    """Torchscale's BEiT-3 with our trunk's weights, behind our trunk's arguments."""
+    trunk = build_torchscale(config, checkpoint_activations=checkpoint_activations)
     trunk.load_state_dict(ours.state_dict())
 
     class Adapter(nn.Module):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from benchmarks.workload_beit3 import build_torchscale
 from models.beit3.beit3 import BEiT3
 from models.beit3.config import BEiT3Config
 from models.loading import load_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # timm calls the import path that torchscale uses deprecated
-    torchscale_beit3 = pytest.importorskip("torchscale.model.BEiT3", reason="torchscale is not installed")
-    torchscale_config = pytest.importorskip("torchscale.architecture.config", reason="torchscale is not installed")
+    pytest.importorskip("torchscale.model.BEiT3", reason="torchscale is not installed")
 
 TOKENS = {"atol": 1e-5, "rtol": 0}
 GRAD_RTOL = 1e-4
@@ -37,21 +37,8 @@ CONFIG = BEiT3Config(
 
 def both(config: BEiT3Config = CONFIG) -> tuple[BEiT3, nn.Module]:
     """Ours and the package's trunk with the same random weights, far from start values."""
-    args = torchscale_config.EncoderConfig(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        vocab_size=config.vocab_size,
-        encoder_embed_dim=config.embed_dim,
-        encoder_attention_heads=config.num_heads,
-        encoder_ffn_embed_dim=config.mlp_ratio * config.embed_dim,
-        encoder_layers=config.num_layers,
-        max_source_positions=config.max_text_positions,
-        normalize_output=config.normalize_output,
-        multiway=True,
-        no_output_layer=True,
-    )
     torch.manual_seed(0)
-    peer = torchscale_beit3.BEiT3(args)
+    peer = build_torchscale(config)
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
