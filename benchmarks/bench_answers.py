@@ -18,26 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_turns, is_installed
+from benchmarks.measure import DTYPES, in_turns, is_installed
 from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
+from benchmarks.workload_llava import MAX_DIFFERENCE, add_decoder_flags, llama_values
 from models.clip_vision import CLIPVisionConfig
 from models.llava.config import LlamaConfig, LlavaConfig
 from models.llava.generation import Decoding, generate
 from models.llava.llava import LlavaForCausalLM
+from models.llava.loading import load_stream
 from models.llava.splice import IMAGE_PLACE
-from models.loading import load_weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAX_LOGIT_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}  # relative to the largest
-
-
-def text_values(args: argparse.Namespace) -> dict[str, float]:
-    """Sizes of the decoder."""
-    return {
-        "vocab_size": args.vocabulary, "hidden_size": args.width, "intermediate_size": int(args.width * 2.6875),
-        "num_hidden_layers": args.layers, "num_attention_heads": args.heads, "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+_NUM_POSITIONS = 4096
 
 
 def vision_values(args: argparse.Namespace) -> dict[str, int | str]:
@@ -51,7 +42,7 @@ def vision_values(args: argparse.Namespace) -> dict[str, int | str]:
 
 def build_ours(args: argparse.Namespace) -> LlavaForCausalLM:
     """Random weights; the end is a word that no row of the vocabulary has."""
-    text = LlamaConfig.from_dict({**text_values(args), "eos_token_id": args.vocabulary})
+    text = LlamaConfig.from_dict({**llama_values(args, num_positions=_NUM_POSITIONS), "eos_token_id": args.vocabulary})
     config = LlavaConfig(text=text, mm_hidden_size=args.vision_width, padding_side="left")
     with torch.device(args.device):
         return LlavaForCausalLM(config, CLIPVisionConfig.from_dict(vision_values(args))).to(DTYPES[args.dtype]).eval()
@@ -63,7 +54,7 @@ def build_peer(args: argparse.Namespace) -> torch.nn.Module:
 
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
-            **{**text_values(args), "vocab_size": args.vocabulary + 1},
+            **{**llama_values(args, num_positions=_NUM_POSITIONS), "vocab_size": args.vocabulary + 1},
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=None,
@@ -75,27 +66,6 @@ def build_peer(args: argparse.Namespace) -> torch.nn.Module:
     )
     with torch.device(args.device):
         return transformers.LlavaForConditionalGeneration(config).to(DTYPES[args.dtype]).eval()
-
-
-def copy_weights(ours: LlavaForCausalLM, peer: torch.nn.Module, args: argparse.Namespace) -> None:
-    """Give ours the peer's weights, by the names of today's transformers."""
-    state: dict[str, Tensor] = {}
-    layers = len(ours.tower.encoder.layers)
-    for name, value in peer.state_dict().items():
-        name = name.removeprefix("model.")
-        if name.startswith("vision_tower."):
-            name = "vision_tower.vision_tower.vision_model." + name.removeprefix("vision_tower.").removeprefix(
-                "vision_model."
-            )
-            number = name.partition("encoder.layers.")[2].partition(".")[0]
-            if "post_layernorm" in name or "position_ids" in name or (number and int(number) >= layers):
-                continue
-        name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
-        name = name.replace("multi_modal_projector.linear_2", "mm_projector.2").removeprefix("language_model.")
-        if value.shape[:1] == (args.vocabulary + 1,):
-            value = value[:-1]
-        state[name if name.startswith("lm_head") else f"model.{name}"] = value
-    load_weights(ours, state)
 
 
 def draw_prompts(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +107,7 @@ def build_sides(args: argparse.Namespace) -> tuple[dict[str, Callable[[int], Ten
         print(f"{NOT_INSTALLED}: transformers", flush=True)
         return {"ours": our_answers}, None
     peer = build_peer(args)
-    copy_weights(ours, peer, args)
+    load_stream(ours, peer.state_dict().items(), padded_tables=True)
     places = (args.image_size // 14) ** 2
     repeated, marks = with_places(ids, mask, places, args.vocabulary)
     inputs = {"input_ids": repeated, "attention_mask": marks, "pixel_values": pixels}
@@ -152,7 +122,7 @@ def build_sides(args: argparse.Namespace) -> tuple[dict[str, Callable[[int], Ten
         expected = peer(**inputs).logits[:, -1, : args.vocabulary].float()
         found = ours(ids, pixels, mask=mask, with_logits=True).logits[:, -1]
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= MAX_LOGIT_DIFFERENCE[args.dtype]:
+    if not difference <= MAX_DIFFERENCE[args.dtype]:
         raise SystemExit(f"error: logits of the first word differ by {difference:.1e} of the largest")
     return {"ours": our_answers, "peer": peer_answers}, difference
 
@@ -178,15 +148,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("width", 512), ("layers", 8), ("heads", 8), ("vocabulary", 32000), ("image_size", 336)):
+    add_decoder_flags(parser, rounds=3)
+    for name, value in (("vision_width", 1024), ("vision_layers", 24), ("image_size", 336)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("vision_width", 1024), ("vision_layers", 24), ("batch_size", 4), ("words", 16)):
+    for name, value in (("batch_size", 4), ("words", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--prompt", type=int, default=64, help="words of the longest question; the shortest has half")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 

@@ -6,9 +6,9 @@
 
 Samples of uneven length with labels on their last words, adapters on all linear layers of the decoder, AdamW over the
 adapters. Ours lays the samples one behind the other and meets the vocabulary at labelled places only; the peer pads.
-Losses are checked first. Peak memory is what two steps add, in a process of its own for each side (``--memory_of``
-prints one). bfloat16: frozen weights are kept in it, adapters in float32, both sides under autocast. FLOPs are counted
-by formula: no padding, nothing recomputed, the vocabulary at labelled places only, no gradient of frozen weights.
+Losses are checked first. Peak memory is what two steps add, in a process of its own for each side. bfloat16: frozen
+weights are kept in it, adapters in float32, both sides under autocast. FLOPs are counted by formula: no padding,
+nothing recomputed, the vocabulary at labelled places only, no gradient of frozen weights.
 """
 
 import argparse
@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import PeakMemory, autocast, in_own_process, in_turns, is_installed
+from benchmarks.measure import DTYPES, PeakMemory, autocast, in_own_process, in_turns, is_installed
 from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
+from benchmarks.workload_llava import MAX_DIFFERENCE, add_decoder_flags, llama_values
 from models.linear import Linear
 from models.llava.config import LlamaConfig
 from models.llava.llama import LlamaModel
@@ -30,8 +31,6 @@ from models.llava.splice import IGNORED
 from models.lora import LoRAConfig, add_adapters
 from models.losses import chunked_cross_entropy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}
 SIDES = ("ours", "transformers + peft")
 
 
@@ -55,11 +54,7 @@ class Decoder(nn.Module):
 
 def sizes(args: argparse.Namespace) -> dict[str, float]:
     """Of both models."""
-    return {
-        "vocab_size": args.vocabulary, "hidden_size": args.width, "intermediate_size": int(args.width * 2.6875),
-        "num_hidden_layers": args.layers, "num_attention_heads": args.heads, "max_position_embeddings": 2 * args.length,
-        "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+    return llama_values(args, num_positions=2 * args.length)
 
 
 def lengths_of(args: argparse.Namespace) -> list[int]:
@@ -212,17 +207,13 @@ def probe_memory(args: argparse.Namespace, side: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """All flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("width", 512), ("layers", 8), ("heads", 8), ("vocabulary", 32000), ("length", 256)):
+    add_decoder_flags(parser, rounds=5)
+    for name, value in (("length", 256), ("batch_size", 8), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("batch_size", 8), ("rank", 16), ("threads", 2), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--peak_tflops", type=float, help="of the device, for the utilisation (790: bf16 on an H200)")
     parser.add_argument(
         "--checkpoint", action="store_true", help="recompute each layer in the backward pass, both sides"
     )
-    parser.add_argument("--memory_of", choices=SIDES, help="print one side's peak memory and end")
     parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 
@@ -230,9 +221,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> Result:
     """Measure and print."""
     args = build_parser().parse_args(argv)
-    if args.memory_of:
-        print(probe_memory(args, args.memory_of))
-        return Result()
     args.has_peer = is_installed("transformers", "peft")
     if not args.has_peer:
         print(f"{NOT_INSTALLED}: {SIDES[1]}", flush=True)
