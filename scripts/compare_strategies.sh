@@ -14,24 +14,25 @@
 #   SEED                      0
 #   NPROC_PER_NODE            1 training process
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 folder=${COMPARE_DIR:-$ROOT/quickstart/strategies}
-mkdir -p "$folder" || fail "cannot make COMPARE_DIR=$folder: choose another folder"
-folder=$(cd "$folder" && pwd)
 num_train=${COMPARE_TRAIN:-600} num_val=${COMPARE_VAL:-200} num_before=${COMPARE_PRETRAIN:-1000}
 epochs=${COMPARE_EPOCHS:-8} epochs_before=${COMPARE_PRETRAIN_EPOCHS:-6} seed=${SEED:-0}
-cd "$ROOT"
+need_count COMPARE_TRAIN "$num_train"
+need_count COMPARE_VAL "$num_val"
+need_count COMPARE_PRETRAIN "$num_before"
+need_count COMPARE_EPOCHS "$epochs"
+need_count COMPARE_PRETRAIN_EPOCHS "$epochs_before"
+need_count SEED "$seed" 0
+open_folder COMPARE_DIR "$folder"
 case "$#:${1:-}" in
     0:) ;;
     1:--fresh) rm -rf "$folder/data" "$folder/before" "$folder/runs" "$folder/settings.txt" ;;
     *) fail "unknown argument $*: only --fresh is taken, sizes are variables (see the head of $0)" ;;
 esac
 settings="$num_train, $num_val and $num_before images, $epochs and $epochs_before epochs, seed $seed"
-if [[ -e $folder/settings.txt && $(<"$folder/settings.txt") != "$settings" ]]; then
-    fail "$folder holds a comparison with $(<"$folder/settings.txt"): give --fresh to start over, or another COMPARE_DIR"
-fi
-echo "$settings" >"$folder/settings.txt"
+note_settings COMPARE_DIR comparison "$settings"
 
 # name in the table | flags
 strategies=(

@@ -16,15 +16,21 @@
 #   SEED                   0; another one gives other scenes and other start weights
 #   NPROC_PER_NODE         1 training process
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 BATCH_SIZE=16 # over all processes
 folder=${DEMO_DIR:-$ROOT/quickstart/llava}
-mkdir -p "$folder" || fail "cannot make DEMO_DIR=$folder: choose another folder"
-folder=$(cd "$folder" && pwd)
 num_train=${DEMO_TRAIN:-2000} num_valid=${DEMO_VALID:-300} num_pretrain=${DEMO_PRETRAIN:-3000}
 epochs=${DEMO_EPOCHS:-5} epochs_before=${DEMO_PRETRAIN_EPOCHS:-6} rank=${DEMO_RANK:-16} seed=${SEED:-0}
-cd "$ROOT"
+need_count DEMO_TRAIN "$num_train" "$BATCH_SIZE" "one batch"
+need_count DEMO_VALID "$num_valid"
+need_count DEMO_PRETRAIN "$num_pretrain" "$BATCH_SIZE" "one batch"
+need_count DEMO_EPOCHS "$epochs"
+need_count DEMO_PRETRAIN_EPOCHS "$epochs_before"
+need_count DEMO_RANK "$rank"
+need_count SEED "$seed" 0
+choose_processes "$BATCH_SIZE"
+open_folder DEMO_DIR "$folder"
 folder=${folder#"$ROOT/"} # short names in what is printed
 data=$folder/data start=$folder/start base=$folder/tiny-llava adapter=$folder/tiny-llava-lora eval=$folder/eval
 report=$folder/report
@@ -38,36 +44,7 @@ case "$#:${1:-}" in
     *) fail "unknown argument $*: only --fresh is taken, sizes are variables (see the head of $0)" ;;
 esac
 settings="$num_train, $num_valid and $num_pretrain images, $epochs and $epochs_before epochs, rank $rank, seed $seed"
-if [[ -e $folder/settings.txt && $(<"$folder/settings.txt") != "$settings" ]]; then
-    fail "$folder holds a run with $(<"$folder/settings.txt"): give --fresh to start over, or another DEMO_DIR"
-fi
-echo "$settings" >"$folder/settings.txt"
-
-times=()
-
-# stage NAME PRODUCT FUNCTION: run it unless an earlier run finished it and its product is still there
-stage() {
-    local name=$1 product=$2 begin=$SECONDS done=$folder/.done/${1// /-}
-    echo
-    if [[ -e $done && -e $product ]]; then
-        echo "== $name: done before, kept ($product)"
-        times+=("$(printf '%-28s %8s' "$name" kept)")
-        return
-    fi
-    echo "== $name"
-    "$3"
-    mkdir -p "$folder/.done"
-    touch "$done"
-    times+=("$(printf '%-28s %6d s' "$name" $((SECONDS - begin)))")
-}
-
-# print a command, then run it
-show() {
-    printf '+'
-    printf ' %q' "$@"
-    echo
-    "$@"
-}
+note_settings DEMO_DIR run "$settings"
 
 draw() {
     show python scripts/draw_scenes.py --layout vizwiz --output "$data" --num_train "$num_train" \
@@ -129,11 +106,6 @@ compare() {
 
 echo "== environment"
 make_environment requirements.txt
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# one thread computes, one process beside it reads pictures: in a network this small two computing threads mostly wait
-processes=${NPROC_PER_NODE:-1}
-num_workers=$((cores > 2 ? 2 : cores - 1))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 stage "draw photos" "$data/drawn_scenes.json" draw
 stage "make tiny LLaVA" "$start/config.json" make_start
@@ -149,9 +121,7 @@ echo "== accuracy on $num_valid new photos (rule of the course)"
 sed -n '/without looking/,$p' "$folder/drawing.txt"
 grep -v -e '^+' -e '^wrote' "$report/table.txt"
 echo
-echo "== time"
-printf '%s\n' "${times[@]}"
-printf '%-28s %6d s\n' total "$SECONDS"
+print_times
 echo
 printf '%-33s%s\n' "pictures and answers:" "$report/report.html" "loss over epochs:" "$report/curves.png" \
     "the model before:" "$base" "its adapters:" "$adapter"

@@ -1,10 +1,11 @@
-# Sourced by scripts/quickstart.sh, scripts/test.sh and the launchers: which Python runs plainvl, and how it comes to be.
+# Sourced by scripts/test.sh, scripts/stages.sh and the launchers: which Python runs plainvl, and how it comes to be.
 #
 #   find_python             PYTHON becomes the Python of $PLAINVL_VENV, else of the active environment, else of .venv,
 #                           else the one on PATH; nothing is made or installed
 #   make_environment FILE…  makes $PLAINVL_VENV (or, with no environment active, .venv) if it is not there, installs
 #                           what the requirement files ask for and lacks, and activates it for this script
 #
+# Besides: ROOT, the folder of plainvl; fail, need_number and count_cores.
 # A conda environment counts as active unless it is conda's base.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +16,15 @@ fi
 fail() {
     echo "$(basename "$0"): error: $*" >&2
     exit 2
+}
+
+# need_number NAME WHAT VALUE: a whole number above 0, or the end
+need_number() {
+    [[ $3 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be $2, got '$3'"
+}
+
+count_cores() {
+    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
 }
 
 active_environment() {

@@ -30,15 +30,6 @@ count_gpus() {
     fi
 }
 
-count_cores() {
-    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
-}
-
-# need_number NAME WHAT VALUE: a whole number above 0, or the end
-need_number() {
-    [[ $3 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be $2, got '$3'"
-}
-
 # need_rank NAME VALUE NODES: a number from 0 to NODES - 1, or the end
 need_rank() {
     [[ $2 =~ ^(0|[1-9][0-9]*)$ && $2 -lt $3 ]] || fail "$1 must be a number from 0 to $(($3 - 1)), got '$2'"

@@ -14,10 +14,11 @@
 #   SEED                0; another one gives other scenes and other start weights
 #   NPROC_PER_NODE      1 training process
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 MODEL=beit3_tiny_patch32_96
 BATCH_SIZE=32 # the recipe's, over all processes
+LEAST_TRAIN=40 # images: of fewer, too few questions have an answer that is frequent enough for a label
 task=vqav2
 if [[ ${1:-} == captioning ]]; then
     task=coco_captioning
@@ -26,11 +27,15 @@ fi
 folder=$ROOT/quickstart
 [[ $task == vqav2 ]] || folder=$folder/captioning
 folder=${QUICKSTART_DIR:-$folder}
-mkdir -p "$folder" || fail "cannot make QUICKSTART_DIR=$folder: choose another folder"
-folder=$(cd "$folder" && pwd)
 num_train=${QUICKSTART_TRAIN:-3000} num_val=${QUICKSTART_VAL:-300} num_test=${QUICKSTART_TEST:-300} seed=${SEED:-0}
 epochs=${QUICKSTART_EPOCHS:-}
-cd "$ROOT"
+need_count QUICKSTART_TRAIN "$num_train" "$LEAST_TRAIN" "fewer fill no batch"
+need_count QUICKSTART_VAL "$num_val"
+need_count QUICKSTART_TEST "$num_test" 2 "pictures change places"
+[[ -z $epochs ]] || need_count QUICKSTART_EPOCHS "$epochs"
+need_count SEED "$seed" 0
+choose_processes "$BATCH_SIZE"
+open_folder QUICKSTART_DIR "$folder"
 folder=${folder#"$ROOT/"} # short names in what is printed
 data=$folder/data run=$folder/run before=$folder/before prediction=$folder/prediction report=$folder/report
 
@@ -42,36 +47,7 @@ esac
 
 settings="$num_train train, $num_val val and $num_test test images, epochs: ${epochs:-recipe}, seed $seed"
 [[ $task == vqav2 ]] || settings="captions, $settings"
-if [[ -e $folder/settings.txt && $(<"$folder/settings.txt") != "$settings" ]]; then
-    fail "$folder holds a run with $(<"$folder/settings.txt"): give --fresh to start over, or another QUICKSTART_DIR"
-fi
-[[ -e $folder/settings.txt ]] || echo "$settings" >"$folder/settings.txt"
-
-times=()
-
-# stage NAME PRODUCT FUNCTION: run it unless an earlier run finished it and its product is still there
-stage() {
-    local name=$1 product=$2 start=$SECONDS done=$folder/.done/${1// /-}
-    echo
-    if [[ -e $done && -e $product ]]; then
-        echo "== $name: done before, kept ($product)"
-        times+=("$(printf '%-28s %8s' "$name" kept)")
-        return
-    fi
-    echo "== $name"
-    "$3"
-    mkdir -p "$folder/.done"
-    touch "$done"
-    times+=("$(printf '%-28s %6d s' "$name" $((SECONDS - start)))")
-}
-
-# print a command, then run it
-show() {
-    printf '+'
-    printf ' %q' "$@"
-    echo
-    "$@"
-}
+note_settings QUICKSTART_DIR run "$settings"
 
 draw() {
     local layout=vqav2
@@ -149,12 +125,6 @@ report_captions() {
 echo "== environment"
 make_environment requirements.txt
 times+=("$(printf '%-28s %6d s' environment "$SECONDS")")
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# One thread computes, and on two cores one process beside it reads pictures. Two computing threads were far slower where
-# other programs also wanted the cores: in a network this small they mostly wait for each other.
-processes=${NPROC_PER_NODE:-1}
-num_workers=$((cores > 2 ? 2 : cores - 1))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 stage "draw scenes" "$data/drawn_scenes.json" draw
 stage "train sentencepiece" "$data/beit3.spm" train_tokenizer
@@ -178,9 +148,7 @@ echo
 echo "== $heading"
 grep -v -e '^+' -e '^wrote' "$report/table.txt"
 echo
-echo "== time"
-printf '%s\n' "${times[@]}"
-printf '%-28s %6d s\n' total "$SECONDS"
+print_times
 echo
 printf '%-33s%s\n' "pictures and texts:" "$report/report.html" "$curve" "$report/curves.png" \
     "$file" "$prediction/submit_${task}_test.json" "the trained model:" "$run/checkpoint-best"

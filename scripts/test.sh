@@ -19,5 +19,5 @@ make_environment requirements.txt requirements-dev.txt
 ruff check .
 ruff format --check .
 # a worker on each core, a file's tests on the same one since they share what they made
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+cores=$(count_cores)
 exec python -m pytest -n "$((cores < 8 ? cores : 8))" --dist loadfile ${selection[@]+"${selection[@]}"} "$@" </dev/null

@@ -40,6 +40,13 @@ def test_every_strategy_is_trained_and_has_its_row(tmp_path):
     assert "give --fresh to start over" in other.stderr
 
 
+def test_a_wrong_value_is_refused_and_not_remembered(tmp_path):
+    done = compare(tmp_path / "new", COMPARE_EPOCHS="0")
+    assert done.returncode == 2
+    assert done.stderr == "compare_strategies.sh: error: COMPARE_EPOCHS must be a whole number of at least 1, got '0'\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_argument_is_refused(tmp_path):
     done = compare(tmp_path, "--quick")
     assert done.returncode == 2

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"DEMO_TRAIN": "24", "DEMO_VALID": "6", "DEMO_PRETRAIN": "24", "DEMO_EPOCHS": "1", "DEMO_PRETRAIN_EPOCHS": "1"}
 STAGES = 8
@@ -36,7 +38,7 @@ def test_every_stage_runs_once(tmp_path):
     again = demo(tmp_path)
     assert (again.returncode, again.stdout.count("done before, kept")) == (0, STAGES)
     changed = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"settings.txt"}  # the same words again
+    assert changed == set()
     table = "accuracy in %"
     assert again.stdout.split(table)[-1].split("\n\n== ")[0] == done.stdout.split(table)[-1].split("\n\n== ")[0]
 
@@ -44,6 +46,23 @@ def test_every_stage_runs_once(tmp_path):
     assert (other.returncode, other.stderr.count("\n")) == (2, 1)
     assert "holds a run with 24, 6 and 24 images" in other.stderr
     assert "--fresh" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "rule"),
+    [
+        ("DEMO_TRAIN", "15", "a whole number of at least 16 (one batch)"),
+        ("DEMO_PRETRAIN", "0", "a whole number of at least 16 (one batch)"),
+        ("DEMO_VALID", "few", "a whole number of at least 1"),
+        ("DEMO_EPOCHS", "1.5", "a whole number of at least 1"),
+        ("SEED", "-1", "a whole number of at least 0"),
+        ("NPROC_PER_NODE", "17", "at most 16, the batch size over all processes"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_not_remembered(tmp_path, variable, value, rule):
+    done = demo(tmp_path / "new", **{variable: value})
+    assert (done.returncode, done.stderr) == (2, f"demo_llava.sh: error: {variable} must be {rule}, got '{value}'\n")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_argument_is_refused(tmp_path):

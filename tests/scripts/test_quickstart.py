@@ -83,6 +83,23 @@ def test_a_run_with_other_settings_is_refused(first_run):
     assert "--fresh" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "variable", "value", "rule"),
+    [
+        ([], "QUICKSTART_TRAIN", "39", "a whole number of at least 40 (fewer fill no batch)"),
+        (["captioning"], "QUICKSTART_TEST", "1", "a whole number of at least 2 (pictures change places)"),
+        ([], "QUICKSTART_VAL", "0", "a whole number of at least 1"),
+        ([], "QUICKSTART_EPOCHS", "all", "a whole number of at least 1"),
+        ([], "SEED", "first", "a whole number of at least 0"),
+        ([], "NPROC_PER_NODE", "0", "a number of processes"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_not_remembered(tmp_path, words, variable, value, rule):
+    done = quickstart(tmp_path / "new", *words, **{variable: value})
+    assert (done.returncode, done.stderr) == (2, f"quickstart.sh: error: {variable} must be {rule}, got '{value}'\n")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unknown_argument_is_refused(tmp_path):
     done = quickstart(tmp_path / "new", "--fast")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
