@@ -53,6 +53,7 @@ PARSERS = {
     "scripts/model_vqa_loader.py": "scripts.model_vqa_loader:build_parser",
     "scripts/make_caption_report.py": "scripts.make_caption_report:build_parser",
     "scripts/make_index.py": "scripts.make_index:build_parser",
+    "scripts/make_model_card.py": "scripts.make_model_card:build_parser",
     "scripts/make_report.py": "scripts.make_report:build_parser",
     "scripts/make_tiny_llava.py": "scripts.make_tiny_llava:build_parser",
     "scripts/make_vizwiz_report.py": "scripts.make_vizwiz_report:build_parser",
