@@ -65,7 +65,8 @@ PARSERS = {
     "scripts/vqa/train_end2end.py": "scripts.vlbert_args:build_parser",
     "scripts/zero_to_fp32.py": "scripts.zero_to_fp32:build_parser",
 }
-OTHER_PROGRAMS = {"pip", "ruff", "tensorboard", "export"}  # not ours; their flags are not looked at
+# not ours; their flags are not looked at (docker's are in tests/scripts/test_dockerfile.py)
+OTHER_PROGRAMS = {"pip", "ruff", "tensorboard", "export", "conda", "docker"}
 # flags of the launchers of others that the documents use, up to the program
 LAUNCHER_FLAGS = {
     "torchrun": r"--(nproc_per_node|nnodes|node_rank|master_addr|master_port|rdzv_\w+)=\S+|--standalone|--use_env",
@@ -142,6 +143,8 @@ def check_command(command: str) -> None:
     if program in OTHER_PROGRAMS:
         return
     if program == "source":  # into the user's own shell: only the script that is made for it
+        if rest == [".venv/bin/activate"]:
+            return
         assert rest[:1] == ["scripts/main.sh"], f"{command!r} sources something else"
     if program in ("bash", "source"):
         check_script(rest, environment)
@@ -159,6 +162,8 @@ def check_command(command: str) -> None:
     elif Path(program).name.startswith("python"):
         if rest[:2] == ["-m", "pytest"]:
             assert all((ROOT / word).exists() for word in rest[2:] if not word.startswith("-")), command
+            return
+        if rest[:2] == ["-m", "venv"]:
             return
         if rest[:1] == ["-m"]:
             assert rest[1] in ("torch.distributed.launch", "torch.distributed.run"), f"unknown module in {command!r}"
