@@ -5,6 +5,7 @@ files have behind ``base_model.model.``. The frozen weight takes no gradient.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,20 +34,33 @@ class LoRAConfig:
         r: rank.
         lora_alpha: the adapter counts alpha / r times.
         lora_dropout: of the adapter's input.
-        target_modules: last names of the adapted layers.
+        target_modules: the adapted layers by their names or the ends of them, or one pattern of whole names.
         base_model_name_or_path: what the adapter belongs to.
+        exclude_modules: layers that are left alone all the same; given in the same way.
+        modules_to_save: parts of the model that the adapter's file brings whole, by the ends of their names.
     """
 
     r: int = 64
     lora_alpha: float = 16
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] | str = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
     base_model_name_or_path: str = ""
+    exclude_modules: tuple[str, ...] | str = ()
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         """Factor of the adapter."""
         return self.lora_alpha / self.r
+
+    def adapts(self, name: str) -> bool:
+        """Whether peft adapts a linear layer of this name: exclusions and whole parts win over targets."""
+        if any(f".{part}." in f".{name}." for part in self.modules_to_save):
+            return False
+        return _fits(self.target_modules, name) and not _fits(self.exclude_modules, name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "adapter_config.json") -> "LoRAConfig":
@@ -63,25 +77,31 @@ class LoRAConfig:
             table.need(key, (False, None), False)
         for key in ("rank_pattern", "alpha_pattern"):
             table.need(key, ({}, None), None)
-        for key in ("modules_to_save", "layers_to_transform", "layers_pattern", "layer_replication"):
+        for key in ("layers_to_transform", "layers_pattern", "layer_replication"):
             table.need(key, (None, []), None)
         for key in ("target_parameters", "trainable_token_indices", "alora_invocation_tokens"):
             table.need(key, (None, [], {}), None)
         for key in ("use_bdlora", "arrow_config", "kasa_config", "monteclora_config"):
             table.need(key, (None, False, {}), None)
-        targets = values.get("target_modules")
-        if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
-            raise ModelError(f"{where}: target_modules must be a list of names, got {targets!r:.80}")
+        targets = _names(table, "target_modules")
+        if not targets or targets == "all-linear":
+            raise ModelError(f"{where}: target_modules must be names or a pattern of names, got {targets!r:.80}")
+        saved = _names(table, "modules_to_save")
+        if isinstance(saved, str):
+            raise ModelError(f"{where}: modules_to_save must be a list of names, got {saved!r:.80}")
         return cls(
             r=table.read("r", is_positive_int, 8),
             lora_alpha=table.read("lora_alpha", is_positive_number, 8),
             lora_dropout=table.read("lora_dropout", is_fraction, 0.0),
-            target_modules=tuple(targets),
+            target_modules=targets,
             base_model_name_or_path=str(values.get("base_model_name_or_path") or ""),
+            exclude_modules=_names(table, "exclude_modules"),
+            modules_to_save=saved,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Content of ``adapter_config.json``, as peft reads it."""
+        targets, excluded = self.target_modules, self.exclude_modules
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -90,11 +110,11 @@ class LoRAConfig:
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "bias": "none",
-            "target_modules": sorted(self.target_modules),
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
             "inference_mode": True,
             "fan_in_fan_out": False,
             "init_lora_weights": True,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) or None,
             "layers_to_transform": None,
             "layers_pattern": None,
             "rank_pattern": {},
@@ -103,7 +123,27 @@ class LoRAConfig:
             "use_dora": False,
             "auto_mapping": None,
             "revision": None,
+            # a key that older versions of peft do not know
+            **({"exclude_modules": excluded if isinstance(excluded, str) else list(excluded)} if excluded else {}),
         }
+
+
+def _names(table: ConfigTable, key: str) -> tuple[str, ...] | str:
+    """A list of names, none of them too, or a pattern of names."""
+    value = table.values.get(key) or []
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        raise ModelError(f"{table.where}: {key} must be names or a pattern of names, got {value!r:.80}") from None
+    return value
+
+
+def _fits(rule: tuple[str, ...] | str, name: str) -> bool:
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in rule)
 
 
 class LoRALinear(Linear):
@@ -160,22 +200,31 @@ class LoRALinear(Linear):
         return layer
 
 
-def add_adapters(module: nn.Module, config: LoRAConfig) -> list[str]:
-    """Replace the linear layers whose last name is among the targets; returns their names.
+def add_adapters(module: nn.Module, config: LoRAConfig, names: Iterable[str] | None = None) -> list[str]:
+    """Replace linear layers by adapted ones; returns their names.
+
+    Args:
+        module: whose layers they are.
+        config: rank, scale and, where no names are given, targets.
+        names: of the layers; None: those that the targets mean.
 
     Raises:
-        ModelError: a target that no layer has.
+        ModelError: a target or a name that no linear layer has.
     """
-    found = [
+    linear = [
         name for name, part in module.named_modules()
         if isinstance(part, nn.Linear | QuantizedLinear) and not isinstance(part, LoRALinear)
-        and _last(name) in config.target_modules
     ]  # fmt: skip
-    missing = sorted(set(config.target_modules) - {_last(name) for name in found})
+    found = [name for name in linear if config.adapts(name)] if names is None else list(names)
+    missing = sorted(set(found) - set(linear))
+    if names is None:
+        targets = config.target_modules
+        rules = {targets: targets} if isinstance(targets, str) else {name: (name,) for name in sorted(targets)}
+        missing = [target for target, rule in rules.items() if not any(_fits(rule, name) for name in found)]
     if missing:
         raise ModelError(f"no linear layer is called {missing[0]}: the adapter belongs to another kind of model")
     for name in found:
-        _replace(module, name, LoRALinear(module.get_submodule(name), config))
+        module.set_submodule(name, LoRALinear(module.get_submodule(name), config))
     return found
 
 
@@ -186,7 +235,7 @@ def merge_adapters(module: nn.Module, dtype: torch.dtype | None = None, *, like_
     """
     adapted = [(name, part) for name, part in module.named_modules() if isinstance(part, LoRALinear)]
     for name, part in adapted:
-        _replace(module, name, part.merged(dtype, like_original=like_original))
+        module.set_submodule(name, part.merged(dtype, like_original=like_original))
     return len(adapted)
 
 
@@ -195,23 +244,20 @@ def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {PEFT_PREFIX + name: value for name, value in state.items() if name.endswith(_PARTS)}
 
 
-def load_adapters(module: nn.Module, state: Mapping[str, Tensor], *, ignore: Iterable[str] = ()) -> None:
+def load_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Take the adapters of a peft file.
 
     Args:
         module: after ``add_adapters``.
         state: content of ``adapter_model.safetensors`` or ``.bin``.
-        ignore: parts of names that are left out, such as those of an image tower, whose adapters never trained.
 
     Raises:
         ModelError: adapters for other layers or of another rank, or some are missing.
     """
     own = {name: value for name, value in module.state_dict().items() if name.endswith(_PARTS)}
-    given = {}
-    for name, value in state.items():
-        plain = name.removeprefix(PEFT_PREFIX).replace(".default.weight", ".weight")
-        if not any(part in plain for part in ignore):
-            given[plain] = value
+    given = {
+        name.removeprefix(PEFT_PREFIX).replace(".default.weight", ".weight"): value for name, value in state.items()
+    }
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which there is no place"
@@ -222,12 +268,3 @@ def load_adapters(module: nn.Module, state: Mapping[str, Tensor], *, ignore: Ite
                 f"the adapter's {name} is {tuple(value.shape)}, here {tuple(own[name].shape)}: another rank or base"
             )
         own[name].copy_(value)
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _replace(module: nn.Module, name: str, part: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, part)

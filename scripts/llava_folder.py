@@ -1,7 +1,8 @@
 """LLaVA from folders, whose kind is told by what is in them and never by their name.
 
-Kinds: LLaVA's own layout, that of transformers, a plain Llama that gets a projector and CLIP's tower, an adapter with
-its base. Weights are streamed into a model without memory, so that little more than the model is held.
+Kinds: LLaVA's own layout, that of transformers, a plain Llama that gets a projector and CLIP's tower, an adapter of
+LLaVA's code or of peft over transformers' model, with its base. Weights are streamed into a model without
+memory, so that little more than the model is held.
 """
 
 import os
@@ -23,10 +24,11 @@ from engine.log import say
 from engine.weights import FOLDER_FILES, read_state_dict, stream_weights
 from models.clip_vision import CLIPVisionConfig
 from models.errors import ModelError
+from models.llava.adapters import AdapterWeights, place_adapters
 from models.llava.config import LlavaConfig
 from models.llava.llava import LlavaForCausalLM
 from models.llava.loading import TOWER, load_stream, missing_weights, start_projector
-from models.lora import LoRAConfig, add_adapters, load_adapters
+from models.lora import LoRAConfig
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG, REST_FILE = "adapter_config.json", "non_lora_trainables.bin"
@@ -114,10 +116,10 @@ def read_llava_folder(
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"no model folder at {path}: give the folder that holds config.json")
-    adapter, source, overriding = None, path, None
+    adapter, brought, source, overriding = None, None, path, None
     if (path / ADAPTER_CONFIG).exists():
-        adapter = LoRAConfig.from_dict(_read_object(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
-        overriding = _adapter_values(path)
+        adapter, brought = read_adapter(path)
+        overriding = None if brought.of_transformers else _adapter_values(path)
         source = _base_of(path, adapter, base)
     elif base is not None:
         raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
@@ -127,8 +129,11 @@ def read_llava_folder(
     with torch.device("meta"):
         model = LlavaForCausalLM(plan.config, plan.vision).eval()
     skip = (TOWER,) if plan.tower else ()
-    if adapter is not None or projector is not None:
-        skip += (f"model.{PROJECTOR}",)  # they bring their own, perhaps more precise than the base's
+    # what others bring is perhaps more precise than the base's
+    if overriding is not None or projector is not None:
+        skip += (f"model.{PROJECTOR}",)
+    if brought is not None:
+        skip += brought.replaced
     padded = plan.layout == TRANSFORMERS
     load_stream(model, stream_weights(plan.weights), dtype=dtype, skip=skip, padded_tables=padded)
     if plan.tower:
@@ -140,17 +145,20 @@ def read_llava_folder(
         if missing := [name for name in missing_weights(model) if PROJECTOR in name]:
             kind = plan.config.mm_projector_type
             raise ModelError(f"{projector} lacks {missing[0]} of a projector {kind}: give a whole one of this type")
-    if adapter is not None and _has_projector(model):
-        load_stream(model, _rest_weights(path / REST_FILE), dtype=dtype)
+    if overriding is not None and _has_projector(model):
+        load_stream(model, read_rest(path / REST_FILE).items(), dtype=dtype)
+    if brought is not None:
+        load_stream(model, brought.whole.items(), dtype=dtype, padded_tables=True)
     _fill_or_refuse(model, plan, is_adapter=adapter is not None, dtype=dtype)
-    if adapter is not None:
-        add_adapters(model.model.layers, adapter)
-        # the original puts adapters on the tower of some bases, where they never trained
-        load_adapters(model, read_state_dict(_adapter_file(path)), ignore=("vision_tower.",))
+    values = plan.values
+    if adapter is not None and brought is not None:
+        place_adapters(model, adapter, brought)
+        if brought.has_tower:
+            values = values | {"unfreeze_mm_vision_tower": True}  # a merged model brings its own tower
         for name, parameter in model.named_parameters():  # what the original trains, and what belongs to an adapter
             parameter.requires_grad_(".lora_" in name or PROJECTOR in name)
     model = model.to(device).eval()
-    return LlavaFolder(model, plan.values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, plan.layout)
+    return LlavaFolder(model, values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, plan.layout)
 
 
 def _plan(
@@ -333,12 +341,19 @@ def _tokenizer(given: str | Path | None, folders: Sequence[Path], rows: int) -> 
     return tokens, model_file.parent
 
 
-def _rest_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_adapter(path: Path) -> tuple[LoRAConfig, AdapterWeights]:
+    """The two files of an adapter's folder that peft knows; errors as ``read_llava_folder``."""
+    where = path / ADAPTER_CONFIG
+    config = LoRAConfig.from_dict(_read_object(where), str(where))
+    return config, AdapterWeights.parse(read_state_dict(_adapter_file(path)))
+
+
+def read_rest(path: Path) -> dict[str, Tensor]:
     """What an adapter brings beside itself; by the original's rule its names have one prefix of peft's or both."""
     state = {name.removeprefix("base_model."): value for name, value in read_state_dict(path).items()}
     if any(name.startswith("model.model.") for name in state):
         state = {name.removeprefix("model."): value for name, value in state.items()}
-    yield from state.items()
+    return state
 
 
 def _projector_weights(path: Path) -> Iterator[tuple[str, Tensor]]:

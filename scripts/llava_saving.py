@@ -26,7 +26,7 @@ from engine.backend import WeightsFormat, trained_names
 from engine.errors import RunError
 from engine.weights import read_state_dict
 from models.errors import ModelError
-from models.lora import PEFT_PREFIX, adapter_state
+from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
 from scripts.llava_folder import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -132,6 +132,34 @@ def save_adapter(
         output.mkdir(parents=True, exist_ok=True)
         _write_adapter(output, replace(folder, adapter=config), state)
     except Exception as error:
+        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+
+
+def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
+    """Write an adapter that peft loads over transformers' LLaVA.
+
+    Args:
+        output: folder to write, new or empty.
+        config: of the adapter.
+        state: by peft's names.
+
+    Raises:
+        DataError: the folder holds something.
+        RunError: the disk is full or not writable.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise DataError(f"{output} exists: give another folder")
+    peer = {
+        "base_model_class": "LlavaForConditionalGeneration",
+        "parent_library": "transformers.models.llava.modeling_llava",
+    }
+    tensors = {name: _plain(value) for name, value in state.items()}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(tensors, at, metadata={"format": "pt"}))
+        _write_json(output / ADAPTER_CONFIG, config.as_dict() | {"task_type": None, "auto_mapping": peer})
+    except Exception as error:  # safetensors has an exception of its own for a full disk
         raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
 
 

@@ -46,6 +46,7 @@ PARSERS = {
     "scripts/ask.py": "scripts.ask:build_parser",
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
+    "scripts/export_adapter.py": "scripts.export_adapter:build_parser",
     "scripts/format_dataset_for_llava.py": "scripts.format_dataset_for_llava:build_parser",
     "scripts/format_result_for_submission.py": "scripts.format_result_for_submission:build_parser",
     "scripts/main.py": "scripts.baseline_args:build_parser",

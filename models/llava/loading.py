@@ -85,7 +85,7 @@ def load_stream(
     for given, value in weights:
         name = own_name(given)
         if name not in own or name.startswith(skip):
-            if not (name.startswith(skip) or _IGNORED.fullmatch(given) or _behind_the_tower(name, tower_layers)):
+            if not (name.startswith(skip) or _IGNORED.fullmatch(given) or behind_the_tower(name, tower_layers)):
                 raise ModelError(
                     f"{given} has no place in this model: give the weights of a LLaVA, Llama or CLIP of its size"
                 )
@@ -102,8 +102,8 @@ def load_stream(
     return StreamReport(tuple(loaded), tuple(ignored))
 
 
-def _behind_the_tower(name: str, layers: int) -> bool:
-    """Whether it belongs to a part of the tower that nobody looks at."""
+def behind_the_tower(name: str, layers: int) -> bool:
+    """Whether our name is that of a part of the tower, of so many layers, that nobody looks at."""
     found = re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", name)
     return name.startswith(f"{TOWER}post_layernorm.") or (found is not None and int(found[1]) >= layers)
 
