@@ -95,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--tf32", action="store_true", help="allow TF32 in float32 matrix products on CUDA")
     group = parser.add_argument_group("output, checkpoints and resume")
     group.add_argument("--output_dir", default=".", help="folder of the results and of baseline_run/")
+    group.add_argument(
+        "--overwrite", action="store_true", help="also replace results there that this program did not write"
+    )
     group.add_argument("--log_dir", help="TensorBoard folder (default: none)")
     group.add_argument("--log_every", type=positive_int, default=10, help="optimizer steps between log lines")
     group.add_argument("--save_ckpt_steps", type=count, default=0, help="also a checkpoint every so many steps")

@@ -36,6 +36,7 @@ from engine.partial_results import PartialResults
 from scripts.evaluation_files import clear_temporaries, open_partial_results
 from scripts.loaders import build_loader, warn_of_replaced
 from scripts.train_sentencepiece import train_model
+from scripts.written_files import refuse_others, written
 from scripts.zero_to_fp32 import write_atomically
 
 BEST_METRIC = "accuracy"
@@ -75,6 +76,17 @@ class TrainingData:
             facts["held_out_questions"] = len(self.held_out)
             facts["accuracy_of_always_unanswerable"] = round(always, 4)
         return facts
+
+
+def refuse_to_replace(args: argparse.Namespace) -> None:
+    """Leave results alone that are not of this program; all processes call it together.
+
+    Raises:
+        DataError: there are some.
+    """
+    names = [SUBMISSION_FILE, *([] if args.predict_only else [MODEL_FILE, DICTIONARIES_FILE])]
+    paths = [] if args.dry_run else [Path(args.output_dir) / name for name in names]
+    distributed.on_main(lambda: refuse_others(*paths, overwrite=args.overwrite))
 
 
 def read_split(args: argparse.Namespace, split: str, *, with_images: bool = True) -> list[VizWizRow]:
@@ -326,7 +338,8 @@ def run_prediction(
     submission = Path(args.output_dir) / SUBMISSION_FILE
     if distributed.is_main():
         clear_temporaries(submission)
-        write_submission(submission, answers)
+        with written(submission):
+            write_submission(submission, answers)
         share = answers.count(UNANSWERABLE) / len(answers)
         say(f"wrote {len(answers)} answers to {submission}, {100 * share:.1f} % of them {UNANSWERABLE}")
     kept.remove()
@@ -336,7 +349,8 @@ def write_model(output_dir: Path, state: dict[str, Tensor], dictionaries: Dictio
     """``model.pth``, a bare state dict, and the dictionaries beside it; by the main process."""
     if not distributed.is_main():
         return
-    with open_atomic(output_dir / DICTIONARIES_FILE) as handle:
-        handle.write(dictionaries.to_json().decode())
-    write_atomically(state, output_dir / MODEL_FILE)
+    with written(output_dir / DICTIONARIES_FILE, output_dir / MODEL_FILE):
+        with open_atomic(output_dir / DICTIONARIES_FILE) as handle:
+            handle.write(dictionaries.to_json().decode())
+        write_atomically(state, output_dir / MODEL_FILE)
     say(f"wrote {output_dir / MODEL_FILE}")

@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.vizwiz import NORMALIZATIONS, read_questions, read_results, upload_entries, write_upload
 from scripts.arguments import OneLineParser
 from scripts.program import run
+from scripts.written_files import refuse_others, written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--normalize", choices=tuple(NORMALIZATIONS), default="evalai", help="what is done to an answer (%(default)s)"
     )
+    p.add_argument("--overwrite", action="store_true", help="also replace a file that these programs did not write")
     return p
 
 
@@ -43,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(args.annotation_file)
     results, num_broken = read_results(args.result_file)
     entries = upload_entries(questions, results, NORMALIZATIONS[args.normalize])
+    refuse_others(output, overwrite=args.overwrite)
     try:
-        write_upload(output, entries)
+        with written(output):
+            write_upload(output, entries)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"--result-upload-file {output} cannot be written ({error.strerror}): give another") from None
     if num_broken:

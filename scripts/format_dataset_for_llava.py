@@ -34,6 +34,7 @@ from data.vizwiz import (
 )
 from scripts.arguments import OneLineParser, count, number
 from scripts.program import run
+from scripts.written_files import refuse_others, written
 
 TRAIN_FILE = "train_for_llava.json"
 HELD_OUT_QUESTIONS, HELD_OUT_ROWS = "heldout_for_llava.jsonl", "heldout_annotations.json"
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the training rows that is kept for scoring instead (none)",
     )
     p.add_argument("--seed", type=count, default=0, help="of the hold-out (%(default)s)")
+    p.add_argument("--overwrite", action="store_true", help="also replace files that this program did not write")
     return p
 
 
@@ -96,18 +98,23 @@ def main(argv: list[str] | None = None) -> None:
     if unlabelled:
         raise DataError(f"image {unlabelled[0]} has no answers to score against: convert the training split")
 
+    annotations = HELD_OUT_OWN_ROWS if are_own else HELD_OUT_ROWS
+    names = [*([TRAIN_FILE] if rows else []), *asked, *([HELD_OUT_QUESTIONS, annotations] if held_out else [])]
+    paths = [output / name for name in names]
+    refuse_others(*paths, overwrite=args.overwrite)
     try:
-        if rows:
-            with open_atomic(output / TRAIN_FILE) as handle:
-                json.dump(converted.entries, handle, indent=4)  # without a line end, as the original's
-        for name, lines in asked.items():
-            write_jsonl_atomic(output / name, question_lines(lines, options))
-        if held_out:
-            write_jsonl_atomic(output / HELD_OUT_QUESTIONS, question_lines(held_out, options))
-            if are_own:
-                write_jsonl_atomic(output / HELD_OUT_OWN_ROWS, map(own_line, held_out))
-            else:
-                write_json_atomic(output / HELD_OUT_ROWS, [annotation_of(row) for row in held_out])
+        with written(*paths):
+            if rows:
+                with open_atomic(output / TRAIN_FILE) as handle:
+                    json.dump(converted.entries, handle, indent=4)  # without a line end, as the original's
+            for name, lines in asked.items():
+                write_jsonl_atomic(output / name, question_lines(lines, options))
+            if held_out:
+                write_jsonl_atomic(output / HELD_OUT_QUESTIONS, question_lines(held_out, options))
+                if are_own:
+                    write_jsonl_atomic(output / annotations, map(own_line, held_out))
+                else:
+                    write_json_atomic(output / annotations, [annotation_of(row) for row in held_out])
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"--output_path {output} cannot be written ({error.strerror}): give another folder") from None
 
@@ -119,7 +126,6 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         return
     if held_out:
-        annotations = HELD_OUT_OWN_ROWS if are_own else HELD_OUT_ROWS
         print(f"held out {len(held_out)} of {len(rows)} rows in {HELD_OUT_QUESTIONS} and {annotations}")
     elif (output / HELD_OUT_QUESTIONS).exists():
         print(f"note: {output / HELD_OUT_QUESTIONS} is of an earlier run; this run trains on its questions, too")

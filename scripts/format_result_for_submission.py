@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.vizwiz import read_upload, write_submission
 from scripts.arguments import OneLineParser
 from scripts.program import run
+from scripts.written_files import refuse_others, written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--result-upload-file", "--result_upload_file", type=Path, required=True, help="the list of answers (JSON)"
     )
     p.add_argument("--submission-file", "--submission_file", type=Path, required=True, help="array to write")
+    p.add_argument("--overwrite", action="store_true", help="also replace a file that these programs did not write")
     return p
 
 
@@ -33,8 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     if output.resolve() == args.result_upload_file.resolve():
         raise DataError(f"--submission-file {output} is the input itself: give another file")
     answers = read_upload(args.result_upload_file)
+    refuse_others(output, overwrite=args.overwrite)
     try:
-        write_submission(output, answers)
+        with written(output):
+            write_submission(output, answers)
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"--submission-file {output} cannot be written ({error.strerror}): give another") from None
     print(f"wrote {len(answers)} answers to {output}")

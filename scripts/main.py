@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 2. train, or find a trained model ----
     asked = baseline_vqa.read_split(args, args.eval_split)
+    baseline_vqa.refuse_to_replace(args)
     if args.predict_only:
         dictionaries, weights = baseline_vqa.load_dictionaries(args), Path(args.model_path)
     else:

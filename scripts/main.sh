@@ -57,7 +57,7 @@ else
         need_number NPROC_PER_NODE "a number of processes" "${NPROC_PER_NODE:-1}"
         check_flags scripts.llava_args:parse_args_before_data "${training[@]}" "$@"
         [[ -d $images ]] || fail "no folder $images with the images to ask about: give IMAGE_FOLDER"
-        check_flags scripts.model_vqa_loader "${answering[@]}"
+        check_flags scripts.model_vqa_loader:parse_args_and_outputs "${answering[@]}"
     fi
 
     # run COMMAND…: print it instead where PLAINVL_PRINT asks for that

@@ -18,6 +18,7 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from data.errors import DataError
 from data.vizwiz import NORMALIZATIONS
 from scripts.arguments import (
     HelpFormatter,
@@ -32,6 +33,7 @@ from scripts.arguments import (
     switch,
 )
 from scripts.program import run
+from scripts.written_files import refuse_others, written
 
 if TYPE_CHECKING:
     from data.llava_questions import LlavaQuestion
@@ -78,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         group, "normalize", choices=tuple(NORMALIZATIONS), default="evalai", help="what is done to answers in these two"
     )
     add(group, "annotations", type=Path, help="answers of people (VizWiz, course, own .jsonl): score")
+    add(group, "overwrite", action="store_true", help="also replace files that this program did not write")
     add(group, "dry_run", action="store_true", help=f"answer {_DRY_BATCHES} batches and write nothing")
     switch(group, "auto_resume", default=True, help="go on where the same evaluation stopped (--no_auto_resume: anew)")
     group = p.add_argument_group("device and speed")
@@ -115,6 +118,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def parse_args_and_outputs(argv: list[str] | None = None) -> argparse.Namespace:
+    """``parse_args`` for ``scripts/main.sh``, which looks before the training whether the answers can be written."""
+    args = parse_args(argv)
+    try:
+        check_outputs(args)
+    except DataError as error:
+        build_parser().error(str(error))
+    return args
+
+
 def notes(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """A line for each flag that was given for nothing."""
     idle = {}
@@ -142,7 +155,6 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from data.errors import DataError
     from data.llava_conversation import TEMPLATES
     from data.llava_questions import answer_ids
     from data.vizwiz import UNANSWERABLE, read_rows
@@ -241,9 +253,12 @@ def main(argv: list[str] | None = None) -> None:
         say(f"dry run: {len(answers)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
     else:
         if distributed.is_main():
-            write_results(args, questions, answers)
-            if rows is not None:
-                write_scores(args, llava_vqa.score(rows, answers))
+            scores_file = None if rows is None else args.scores_file
+            args.answers_file.parent.mkdir(parents=True, exist_ok=True)
+            with written(args.answers_file, args.upload_file, args.submission_file, scores_file):
+                write_results(args, questions, answers)
+                if rows is not None:
+                    write_scores(args, llava_vqa.score(rows, answers))
         kept.remove()
     distributed.barrier()
     distributed.shutdown()
@@ -251,7 +266,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_questions(args: argparse.Namespace) -> "list[LlavaQuestion]":
     """The chunk of the file, cut by --limit_samples; its images must be there unless broken ones are replaced."""
-    from data.errors import DataError
     from data.image_reader import check_images_exist
     from data.llava_questions import read_llava_questions
 
@@ -264,13 +278,11 @@ def read_questions(args: argparse.Namespace) -> "list[LlavaQuestion]":
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse files that cannot be written, or that are read, before anything is computed.
+    """Refuse files that cannot be written, that are read, or that others wrote, before anything is computed.
 
     Raises:
         DataError: names the flag.
     """
-    from data.errors import DataError
-
     outputs = {"--answers-file": args.answers_file}
     outputs |= {"--upload-file": args.upload_file} if args.upload_file else {}
     outputs |= {"--submission-file": args.submission_file} if args.submission_file else {}
@@ -288,6 +300,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise DataError(f"{flag} {path}: {nearest} is a file, so nothing can be written below it")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise DataError(f"{flag} {path}: the folder {nearest} cannot be written: give another one")
+    refuse_others(*outputs.values(), overwrite=args.overwrite)
 
 
 def write_results(args: argparse.Namespace, questions: "list[LlavaQuestion]", answers: dict[int, Any]) -> None:

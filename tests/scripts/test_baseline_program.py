@@ -129,13 +129,42 @@ def test_the_guides_command_writes_both_files_of_the_whole_network_into_the_curr
     small = ["--image_size", "16", "--batch_size", "4", "--max_steps", "1", "--num_workers", "1", "--device", "cpu"]
     done = run_program(ROOT / "scripts" / "main.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["baseline_run", "data", "dictionaries.json", "model.pth", "submission.npy"]
+    written = ["baseline_run", "data", "dictionaries.json", "model.pth", "submission.npy"]
+    assert sorted(os.listdir(tmp_path)) == [".plainvl_written.json", *written]
     state = weights(tmp_path)
     assert state["resnet.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
     assert state["resnet.layer2.0.shortcut.0.bias"].shape == (128,)
     assert state["text_encoder.weight"].shape == (512, len("what color is this colour please".split()) + 1 + 1)
     assert state["fc.2.weight"].shape == (5, 512)  # three colours, unanswerable, and the empty one
     assert len(submission(tmp_path)) == 7
+    again = run_program(ROOT / "scripts" / "main.py", *small, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("name", ["model.pth", "dictionaries.json", "submission.npy"])
+def test_results_of_others_are_left_alone_unless_told_otherwise(course, trained, tmp_path, capsys, name):
+    run = copy_of(trained, tmp_path / "run")
+    (run / name).write_bytes(b"mine")
+    before = tree(run)
+    code, line = failure(capsys, flags(course, run), program)
+    assert (code, tree(run)) == (2, before)
+    assert line.endswith(f"{run / name} is there and was not written by this program, or was changed since: move it "
+                         "away, or give --overwrite to replace it")  # fmt: skip
+    program(*flags(course, run, "--dry_run"))
+    assert tree(run) == before
+    program(*flags(course, run, "--overwrite"))
+    assert (run / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_prediction_replaces_its_own_submission_and_no_other(course, trained, tmp_path, capsys):
+    argv = predict_flags(course, tmp_path, "--model_path", trained / "model.pth")
+    (tmp_path / "model.pth").write_bytes(b"not written by a prediction, so not looked at")
+    program(*argv)
+    program(*argv)
+    np.save(tmp_path / "submission.npy", np.array(["from elsewhere"]))
+    code, line = failure(capsys, argv, program)
+    assert (code, "submission.npy is there and was not written by this program" in line) == (2, True)
+    assert submission(tmp_path).tolist() == ["from elsewhere"]
 
 
 def test_it_learns_colours_and_answers_in_the_order_of_the_file(tmp_path):
@@ -541,7 +570,7 @@ def test_bad_input_is_one_line_of_exit_code_2_and_older_results_stay(course, tmp
     data, output = copy_of(course, tmp_path / "data"), tmp_path / "output"
     output.mkdir()
     (output / "submission.npy").write_bytes(b"older")
-    more = spoil(data, output)
+    more = [*spoil(data, output), "--overwrite"]
     before = tree(output)
     code, line = failure(capsys, flags(data, output, *more), program)
     assert (code, bool(re.search(message, line))) == (2, True), line

@@ -8,10 +8,12 @@ from data.errors import DataError
 from data.llava_dataset import read_conversations
 from data.llava_questions import read_llava_questions
 from data.vizwiz import SUFFIX, read_rows
+from scripts import format_dataset_for_llava as program_module
 from scripts.format_dataset_for_llava import main
 from scripts.llava_vqa import match_rows
 from tests.helpers import ROOT, run_program
 from tests.parity.fixture_files import load_fixture
+from tests.scripts.vqa_run import tree
 
 
 @pytest.fixture
@@ -152,6 +154,36 @@ def test_bad_input_is_one_line_and_leaves_older_files(data):
     (data / "valid.json").unlink()
     with pytest.raises(DataError, match=r"none of valid\.json, val\.json and test\.json"):
         main(["--data_path", str(data)])
+
+
+@pytest.mark.parametrize("name", ["train_for_llava.json", "valid_for_llava.jsonl", "heldout_annotations.json"])
+def test_it_replaces_its_own_files_and_no_others(data, name):
+    argv = ["--data_path", str(data), "--hold_out", "0.3"]
+    main([*argv, "--seed", "1"])
+    main([*argv, "--vizwiz_prompt"])
+    written = (data / name).read_bytes()
+    (data / name).write_text("mended by hand")
+    before = tree(data)
+    with pytest.raises(DataError, match=rf"{name} is there and was not written by this program, or was changed since"):
+        main(argv)
+    assert tree(data) == before
+    main([*argv, "--vizwiz_prompt", "--overwrite"])
+    assert (data / name).read_bytes() == written
+
+
+def test_a_file_that_was_being_written_when_it_was_stopped_is_its_own(data, monkeypatch):
+    argv = ["--data_path", str(data)]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program_module, "question_lines", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+    assert (data / "train_for_llava.json").exists()
+    main([*argv, "--vizwiz_prompt"])
+    assert (data / "valid_for_llava.jsonl").read_text().count(SUFFIX.splitlines()[-1]) == 7
 
 
 def test_a_hold_out_of_everything_is_refused(data):

@@ -24,6 +24,7 @@ from scripts import ask, convert_vizwiz_for_submission, format_result_for_submis
 from scripts.llava_folder import read_llava_folder
 from scripts.llava_inference import inference_dtype, settle_adapters
 from scripts.program import run
+from scripts.written_files import RECORD
 from tests.helpers import run_in_processes, run_program
 from tests.parity.fixture_files import fixture_path, load_fixture
 from tests.scripts.bad_inputs import BadInputs, failure
@@ -71,7 +72,8 @@ def texts(path: Path) -> list[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+    """What a stop leaves."""
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.name != RECORD)
 
 
 @pytest.fixture(scope="module")
@@ -559,6 +561,12 @@ def test_flags_of_other_ways_to_answer_are_reported(tiny, asked, tmp_path):
     assert [note.split()[0] for note in notes] == ["--top_p", "--seed", "--length_penalty"]
     for more in ((*drawn, "--temperature", "1"), ("--num_beams", "2", "--length_penalty", "3")):
         assert model_vqa_loader.parse_args(flags(tiny, asked, tmp_path / "a.jsonl", *more)).notes == []
+
+
+@bad(r"mine\.npy is there and was not written by this program, or was changed since: move it away, or give --overwrite")
+def a_submission_of_somebody_else(case):
+    (case.tmp / "mine.npy").write_bytes(b"mine")
+    return case.flags("--submission-file", case.tmp / "mine.npy")
 
 
 @bad(r"1 of 3 images are not in .*images, the first: valid_00000\.png.*check --image-folder")
