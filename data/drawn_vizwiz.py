@@ -35,7 +35,6 @@ from data.vizwiz import UNANSWERABLE
 
 SPLITS = ("train", "valid", "pretrain")
 ANNOTATIONS_FILE, PRETRAIN_FILE = "valid_annotations.json", "pretrain_for_llava.json"
-NUM_PEOPLE = 10
 OBJECT_WEIGHTS = {"train": (6, 3, 2), "valid": (6, 3, 2), "pretrain": (3, 3, 3, 2)}  # for 1, 2, … objects
 FLAWED_SHARE = 0.3
 FLAWS = ("blurred", "dark", "missed")

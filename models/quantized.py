@@ -155,15 +155,6 @@ class QuantizedLinear(nn.Module):
         return self.weight(x, self.bias)
 
 
-@torch.no_grad()
-def dequantized(layer: QuantizedLinear) -> Linear:
-    """A plain frozen layer with the weight that ``layer`` stands for, in the dtype of before."""
-    plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(layer.weight.dequantized(layer.weight.dtype), requires_grad=False)
-    plain.bias = layer.bias
-    return plain
-
-
 @dataclass(frozen=True)
 class QuantizationReport:
     """Names of the quantized layers, and bytes of their weights before and after."""
@@ -175,7 +166,7 @@ class QuantizationReport:
 
 def quantize_layers(
     module: nn.Module,
-    which: Iterable[str] | Callable[[str], bool],
+    which: Callable[[str], bool],
     *,
     bits: int = 4,
     double_quant: bool = True,
@@ -188,7 +179,7 @@ def quantize_layers(
 
     Args:
         module: with dense weights.
-        which: names of layers within ``module``, or what says it of the name of each linear layer.
+        which: says it of the name of each linear layer.
         bits: 4 or 8.
         double_quant: quantize the scales of 4 bits, too, which saves 0.37 bits a weight.
         device: where to quantize and leave them, such as a GPU too small for the dense model; None: where they lie.
@@ -197,21 +188,17 @@ def quantize_layers(
     Raises:
         ModelError: nothing to quantize, or a layer that is no plain linear one with finite dense weights.
     """
-    if callable(which):
-        kinds = (nn.Linear, QuantizedLinear)
-        names = [name for name, part in module.named_modules() if isinstance(part, kinds) and which(name)]
-    else:
-        names = list(dict.fromkeys(which))
+    kinds = (nn.Linear, QuantizedLinear)
+    names = [name for name, part in module.named_modules() if isinstance(part, kinds) and which(name)]
     if not names:
         raise ModelError("no linear layer is to be quantized: check which were chosen")
-    parts = dict(module.named_modules())
     for name in names:
-        part = parts.get(name)
+        part = module.get_submodule(name)
         if type(part) not in (nn.Linear, Linear):
-            what = "is missing" if part is None else f"is a {type(part).__name__}"
-            raise ModelError(f"{name} {what}: only plain linear layers are quantized, once and before adapters")
+            what = type(part).__name__
+            raise ModelError(f"{name} is a {what}: only plain linear layers are quantized, once and before adapters")
         _check(part.weight, bits, name)
-    del parts, part
+    del part  # which would hold one weight too long
     before = after = 0
     for name in progress(names):
         weight, quantized = _quantize_layer(module, name, bits, double_quant, device)

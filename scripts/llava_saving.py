@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,37 +102,6 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise DataError(f"{output} exists: give another folder, or --overwrite")
     if not (output / CONFIG_FILE).is_file():
         raise DataError(f"{output} is no model folder (no {CONFIG_FILE}), so it is not replaced: give another folder")
-
-
-def save_adapter(
-    output: str | Path,
-    folder: LlavaFolder,
-    *,
-    base_name: str | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write all four files that make an adapter usable; other files of the folder stay.
-
-    Args:
-        output: folder to write, such as that of a run.
-        folder: a model with adapters, ``adapter`` says of which rank.
-        base_name: to record as its base; None leaves what ``adapter`` says.
-        state: the model's, where it must be gathered from several processes; None takes the model's own.
-
-    Raises:
-        ModelError: the model has no adapters.
-        RunError: the disk is full or not writable.
-    """
-    output = Path(output)
-    state = folder.model.state_dict() if state is None else state
-    if folder.adapter is None or not adapter_state(state):
-        raise ModelError("the model has no adapters to save: save the full model")
-    config = folder.adapter if base_name is None else replace(folder.adapter, base_model_name_or_path=base_name)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        _write_adapter(output, replace(folder, adapter=config), state)
-    except Exception as error:
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
 
 
 def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:

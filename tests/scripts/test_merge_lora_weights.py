@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from data.errors import DataError
-from engine.errors import EngineError, RunError
+from engine.errors import EngineError
 from engine.weights import read_state_dict
 from models.errors import ModelError
 from scripts import ask, model_vqa_loader
 from scripts.llava_folder import LlavaFolder, read_llava_folder
-from scripts.llava_saving import save_adapter, save_full_model
+from scripts.llava_saving import checkpoint_format, save_full_model
 from scripts.merge_lora_weights import main
 from tests.parity.fixture_files import fixture_path
 from tests.parity.test_llava_loading import assert_answers
@@ -86,9 +86,14 @@ def test_the_originals_arithmetic(tiny):
     assert torch.equal(once[f"{name}.weight"], (base.float() + 2 * (b @ a)).half())
 
 
+def write_adapter(output, folder: LlavaFolder) -> None:
+    """As a training run does."""
+    output.mkdir()
+    checkpoint_format(folder, "lora").write(folder.model.state_dict(), output)
+
+
 def test_an_adapter_comes_back_as_it_was(tiny):
-    folder = read(tiny / "llava-lora")
-    save_adapter(tiny / "again", folder)
+    write_adapter(tiny / "again", read(tiny / "llava-lora"))
     assert_answers(read(tiny / "again").model, tiny, "lora")
     for name in ("adapter_model.safetensors", "non_lora_trainables.bin"):
         first, second = (read_state_dict(tiny / place / name) for place in ("llava-lora", "again"))
@@ -200,8 +205,8 @@ def test_longer_word_tables_are_cut_in_transformers_files_alone(tiny):
 
 def test_a_number_that_json_has_not_is_not_written(tiny):
     folder = read(tiny / "llava-lora")
-    with pytest.raises(RunError, match="not JSON compliant"):
-        save_adapter(tiny / "again", replace(folder, adapter=replace(folder.adapter, lora_alpha=float("inf"))))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_adapter(tiny / "again", replace(folder, adapter=replace(folder.adapter, lora_alpha=float("inf"))))
     assert not (tiny / "again" / "adapter_config.json").exists()
 
 
