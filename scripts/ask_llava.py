@@ -29,7 +29,11 @@ _OWN_FLAGS = ("model_base", "vision_tower", "conv_mode", "max_new_tokens", "prom
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that have a meaning for LLaVA only; none has a default, so that it is known which were given."""
     group = parser.add_argument_group("for folders of LLaVA")
-    group.add_argument("--model_base", "--model-base", help="folder of an adapter's base (default: the one it names)")
+    group.add_argument(
+        "--model_base",
+        "--model-base",
+        help="folder of its base (default: the one that an adapter names)",
+    )
     group.add_argument("--vision_tower", "--vision-tower", help="folder of CLIP (default: the config's)")
     group.add_argument("--conv_mode", "--conv-mode", help=f"conversation template (default: {CONV_MODE}, of LLaVA-1.5)")
     group.add_argument(
@@ -68,12 +72,20 @@ def _is_adapter(checkpoint: str) -> bool:
     return (Path(checkpoint) / "adapter_config.json").is_file()
 
 
+def _is_projector(folder: Path) -> bool:
+    return (folder / "mm_projector.bin").is_file() and not any(folder.glob("*model*"))
+
+
 def _check_full_folder(args: argparse.Namespace) -> None:
     """Raise DataError for what would take long to find out or be said without our flags."""
     folder = Path(args.checkpoint)
     values = read_json(folder / "config.json")
-    if (folder / "mm_projector.bin").is_file() and not any(folder.glob("*model*")):
-        raise DataError(f"{folder} holds a projector (mm_projector.bin), no model: give the folder of a model")
+    if _is_projector(folder):
+        if not args.model_base:
+            raise DataError(
+                f"{folder} holds a projector (mm_projector.bin), no model: give the folder of its model as --model_base"
+            )
+        return
     if "text_config" not in values and not any(key.startswith("mm_") for key in values):
         raise DataError(f"{args.checkpoint} is a language model that has learnt no image: give a folder of LLaVA")
     if not args.sentencepiece_model and not (Path(args.checkpoint) / "tokenizer.model").is_file():

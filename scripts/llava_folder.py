@@ -56,7 +56,8 @@ class LlavaFolder:
         tokenizer: of the folder or the adapter's base.
         tokenizer_folder: where its files lie.
         adapter: rank and scale, if the folder holds an adapter.
-        layout: ``llava``, ``transformers`` or ``llama`` (no projector of its own); of an adapter, that of its base.
+        layout: ``llava``, ``transformers`` or ``llama`` (no projector of its own); of an adapter or a projector that of
+            its base, but a language model with a projector that was trained is ``llava``.
     """
 
     model: LlavaForCausalLM
@@ -97,7 +98,8 @@ def read_llava_folder(
 
     Args:
         path: of the folder.
-        base: of an adapter; None takes the one that it names, as given or beside the adapter.
+        base: of an adapter, None takes the one that it names, as given or beside the adapter; or of a projector that
+            was trained alone, which needs one.
         vision_tower: folder of CLIP; None takes the one that the config names, as given or beside the model. Of a model
             that brings its tower's weights it can only be the one that the config names, for sizes and images.
         projector: weights (``mm_projector.bin`` or a folder that holds it) that replace those of the folder.
@@ -120,7 +122,10 @@ def read_llava_folder(
     if (path / ADAPTER_CONFIG).exists():
         adapter, brought = read_adapter(path)
         overriding = None if brought.of_transformers else _adapter_values(path)
-        source = _base_of(path, adapter, base)
+        source = _base_of(path, adapter.base_model_name_or_path, base)
+    elif base is not None and _holds_projector(path):
+        overriding, projector = _read_object(path / CONFIG_FILE), path
+        source = _base_of(path, overriding.get("_name_or_path"), base)
     elif base is not None:
         raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
     _refuse_a_projector(source)
@@ -145,7 +150,7 @@ def read_llava_folder(
         if missing := [name for name in missing_weights(model) if PROJECTOR in name]:
             kind = plan.config.mm_projector_type
             raise ModelError(f"{projector} lacks {missing[0]} of a projector {kind}: give a whole one of this type")
-    if overriding is not None and _has_projector(model):
+    if adapter is not None and overriding is not None and _has_projector(model):
         load_stream(model, read_rest(path / REST_FILE).items(), dtype=dtype)
     if brought is not None:
         load_stream(model, brought.whole.items(), dtype=dtype, padded_tables=True)
@@ -158,7 +163,8 @@ def read_llava_folder(
         for name, parameter in model.named_parameters():  # what the original trains, and what belongs to an adapter
             parameter.requires_grad_(".lora_" in name or PROJECTOR in name)
     model = model.to(device).eval()
-    return LlavaFolder(model, values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, plan.layout)
+    layout = LLAVA if plan.layout == PLAIN and projector == path else plan.layout
+    return LlavaFolder(model, values, plan.vision, plan.images, tokens, tokenizer_folder, adapter, layout)
 
 
 def _plan(
@@ -244,11 +250,16 @@ def _is_called(path: Path, name: str) -> bool:
     return Path(name).name in (Path(os.path.abspath(path)).name, path.resolve().name)
 
 
+def _holds_projector(path: Path) -> bool:
+    """Whether this is what a training of the projector alone leaves."""
+    return (path / PROJECTOR_FILE).exists() and not any((path / name).exists() for name in FOLDER_FILES)
+
+
 def _refuse_a_projector(path: Path) -> None:
-    if (path / PROJECTOR_FILE).exists() and not any((path / name).exists() for name in FOLDER_FILES):
+    if _holds_projector(path):
         raise DataError(
             f"{path} holds a projector ({PROJECTOR_FILE}), no model: train on with it by --pretrain_mm_mlp_adapter "
-            f"{path}, or give the folder of a model"
+            f"{path}, or ask it with the folder of its model as --model-base"
         )
 
 
@@ -281,9 +292,8 @@ def _adapter_file(path: Path) -> Path:
     raise DataError(f"{path} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER_FILES)}: copy it whole")
 
 
-def _base_of(path: Path, adapter: LoRAConfig, given: str | Path | None) -> Path:
-    """The base's folder; another one than the adapter was trained on would load and answer badly."""
-    named = adapter.base_model_name_or_path
+def _base_of(path: Path, named: str | None, given: str | Path | None) -> Path:
+    """The base's folder; another one than adapter or projector were trained on would load and answer badly."""
     if given is None:
         found = _find_folder(named, (path,)) if named else None
         if found is None:
@@ -293,7 +303,7 @@ def _base_of(path: Path, adapter: LoRAConfig, given: str | Path | None) -> Path:
         if not found.is_dir():
             raise DataError(f"no model folder at {found}: give the folder of {named or 'the base'} as --model-base")
         if named and not _is_called(found, named):
-            say(f"warning: the adapter {path} was trained on {named}, not on {found}: answers may be bad")
+            say(f"warning: {path} was trained on {named}, not on {found}: answers may be bad")
     if (found / ADAPTER_CONFIG).exists():
         raise DataError(f"the base {found} is an adapter itself: merge it first (scripts/merge_lora_weights.py)")
     return found
@@ -302,9 +312,7 @@ def _base_of(path: Path, adapter: LoRAConfig, given: str | Path | None) -> Path:
 def _need_equal_sizes(own: Mapping[str, Any], base: Mapping[str, Any], path: Path, source: Path) -> None:
     for key in _SIZES:
         if key in own and key in base and own[key] != base[key]:
-            raise ModelError(
-                f"the adapter {path} is for a base of {key} {own[key]}, {source} has {base[key]}: give its own base"
-            )
+            raise ModelError(f"{path} is for a base of {key} {own[key]}, {source} has {base[key]}: give its own base")
 
 
 def _find_folder(name: str, near: Sequence[Path]) -> Path | None:

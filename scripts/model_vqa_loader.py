@@ -52,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(*spellings, **options)
 
     group = p.add_argument_group("model")
-    add(group, "model-path", type=Path, required=True, help="folder of the model or adapter")
-    add(group, "model-base", type=Path, help="folder of an adapter's base (default: the one it names)")
+    add(group, "model-path", type=Path, required=True, help="folder of the model, adapter or trained projector")
+    add(group, "model-base", type=Path, help="folder of its base (default: the one that an adapter names)")
     add(group, "vision-tower", type=Path, help="folder of CLIP (default: the config's)")
     add(group, "tokenizer", type=Path, help="folder of a tokenizer, where the model's folder has none")
     group = p.add_argument_group("questions")

@@ -18,6 +18,7 @@ from data.llava_conversation import TEMPLATES
 from data.llava_images import LlavaTransform
 from data.llava_questions import answer_ids, encode_questions, read_llava_questions
 from data.vizwiz import VizWizAnswer, VizWizRow
+from engine.weights import read_state_dict
 from models.llava.generation import Decoding, beam_search
 from models.lora import LoRALinear
 from scripts import ask, convert_vizwiz_for_submission, format_result_for_submission, llava_vqa, model_vqa_loader
@@ -108,6 +109,40 @@ def test_the_recorded_answers_of_every_kind_of_folder(tiny, tmp_path, model, rec
         assert list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
         assert (row["prompt"], row["model_id"], row["metadata"]) == (question["text"], model, {})
     assert len({row["answer_id"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_projector_that_was_trained_alone_answers_over_its_base(tiny, tmp_path, capsys, is_plain):
+    """Over the language model it started from, or over a whole LLaVA with another projector."""
+    state = read_state_dict(tiny / "llava")
+    config = json.loads((tiny / "llava/config.json").read_text())
+    for name in ("stage1", "base"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stage1/config.json").write_text(json.dumps(config | {"_name_or_path": str(tmp_path / "base")}))
+    projector = {name: value for name, value in state.items() if "mm_projector" in name}
+    torch.save(projector, tmp_path / "stage1/mm_projector.bin")
+    of_base = {name: torch.zeros_like(value) if name in projector else value for name, value in state.items()}
+    if is_plain:
+        of_base = {name: value for name, value in state.items() if name not in projector}
+        config = {key: value for key, value in config.items() if not key.startswith("mm_")}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    torch.save(of_base, tmp_path / "base/pytorch_model.bin")
+    shutil.copy(tiny / "llava/tokenizer.model", tmp_path / "base")
+    shutil.copytree(tiny / "clip", tmp_path / "clip")
+
+    output = tmp_path / "out" / "a.jsonl"
+    argv = [*flags(tiny, tiny / "questions.jsonl", output), "--model-path", tmp_path / "stage1"]
+    program(*argv, "--model-base", tmp_path / "base")
+    expected = load_fixture("llava_tiny/expected.pt")["outputs"]["llava"]
+    assert texts(output) == [row["text"] for row in expected]
+    question = read_lines(tiny / "questions.jsonl")[0]
+    capsys.readouterr()
+    asked = ["--checkpoint", tmp_path / "stage1", "--model_base", tmp_path / "base", "--device", "cpu", "--json"]
+    asked += ["--image", tiny / "images" / question["image"], "--max_new_tokens", 16]
+    ask.main([str(word) for word in (*asked, "--question", question["text"].removeprefix("<image>\n"))])
+    assert json.loads(capsys.readouterr().out)["answer"] == expected[0]["text"]
+    code, line = failure(capsys, argv, program)
+    assert (code, "or ask it with the folder of its model as --model-base" in line) == (2, True), line
 
 
 def test_the_names_of_models_and_files(tiny, asked, tmp_path, monkeypatch):

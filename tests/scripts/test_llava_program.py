@@ -155,6 +155,10 @@ def test_a_pretrained_projector_is_taken(tmp_path):
         state = start_of(tmp_path, "--pretrain_mm_mlp_adapter", given, dtype=dtype).model.state_dict()
         # to the last bit, also of a run in 16 bits
         assert all(torch.equal(state[name], value) for name, value in read_state_dict(projector).items())
+    of_base = read_llava_folder(BASE, dtype=torch.float32).model.state_dict()
+    alone = read_llava_folder(tmp_path / "first", base=BASE, dtype=torch.float32).model.state_dict()
+    expected = of_base | read_state_dict(projector)
+    assert all(torch.equal(alone[name], value) for name, value in expected.items())
     projector.unlink()
     with pytest.raises(EngineError, match=r"first is the folder of a run: give .*checkpoint-"):
         start_of(tmp_path, "--pretrain_mm_mlp_adapter", tmp_path / "first")
