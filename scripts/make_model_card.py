@@ -30,6 +30,7 @@ FAMILIES = {
     "partial_pretrain": ("VL-BERT", "score", ("partial_pretrain",), ("data_path", "train_file", "val_file")),
     "captioning_mask_prob": ("BEiT-3", None, ("finetune",), ("data_path", "train_file", "val_file")),
 }
+VLBERT_DATA = ("DATASET", "TRAIN_IMAGE_SET", "VAL_IMAGE_SET", "BOXES", "ANSWER_VOCAB_FILE")  # of its config
 FACTS = ("strategy", "trains", "parameters", "parameters_trained", "parameters_frozen", "parameters_policy", "answers")
 PLAN = ("samples_per_step", "total_steps", "effective_lr", "precision", "world_size", "started", "python", "torch")
 UNKNOWN = (
@@ -92,7 +93,10 @@ def model_card(
     best_by = best_by or ("score" if given.get("task") == "vqav2" else "CIDEr")
     settings = _part(given, "config")  # VL-BERT's file, overrides applied
     lines = [f"# Model card: {family}, {given.get('model')}", "", *_table(_facts(record, given, settings, start_keys))]
-    lines += ["", "## Data", "", *_table({key: given.get(key) for key in data_keys} | _part(settings, "DATASET"))]
+    data = {key: given.get(key) for key in data_keys} | {
+        key: _part(settings, "DATASET").get(key) for key in VLBERT_DATA
+    }
+    lines += ["", "## Data", "", *_table(data)]
     lines += ["", "## Training", "", *_table({key: record.get(key) for key in PLAN} | {"epochs": len(epochs)})]
     lines += ["", "The last start:", "", "```", shlex.join(map(str, record.get("command") or [])), "```"]
     lines += ["", "## Scores", "", *_scores(epochs, f"val_{best_by}"), *_results(results)]

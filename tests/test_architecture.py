@@ -8,6 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("models", "data", "engine")
+PACKAGES = {
+    "models": {"torch", "torchvision"},
+    "data": {"torch", "torchvision", "numpy", "PIL", "sentencepiece", "tqdm", "pyarrow"},
+    "engine": {"torch", "numpy", "tqdm", "safetensors", "deepspeed"},
+}
 FAMILIES = ("beit3", "vle", "vlbert", "llava")
 ENVIRONMENT_READERS = {"engine/distributed.py", "engine/deepspeed_backend.py"}
 
@@ -52,14 +57,7 @@ def test_a_room_imports_none_of_the_others_nor_the_programs(room):
         assert importers_of(other, python_files(room)) == set()
 
 
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("models", {"torch", "torchvision"}),
-        ("data", {"torch", "torchvision", "numpy", "PIL", "sentencepiece", "tqdm", "pyarrow"}),
-        ("engine", {"torch", "numpy", "tqdm", "safetensors", "deepspeed"}),
-    ],
-)
+@pytest.mark.parametrize(("room", "allowed"), PACKAGES.items())
 def test_a_room_uses_only_its_packages(room, allowed):
     import sys
 

@@ -26,6 +26,7 @@ from scripts.vlbert_config import CONFIG_ROOT, SCHEMA, Key, find_config, read_co
 from scripts.vle_args import CONFIG_FOLDER, DEFAULT_CONFIG
 from scripts.vle_config import CONFIG_KEYS
 from tests.citations import absent, citations_in
+from tests.test_architecture import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -503,6 +504,24 @@ def test_the_tasks_that_the_flags_offer_are_those_of_the_program():
     from scripts.beit3_args import OFFERED_TASKS
 
     assert tuple(TASKS) == OFFERED_TASKS
+
+
+def test_the_contributing_page_says_what_a_task_of_beit3_has():
+    from run_beit3_finetuning import TASKS
+
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| a task of BEiT-3 \| (.*?);", page, re.MULTILINE).group(1)
+    named = set(re.findall(r"`(\w+)`", row))
+    used = set(re.findall(r"\btask\.(\w+)", (ROOT / "run_beit3_finetuning.py").read_text(encoding="utf-8")))
+    assert named == used
+    assert all(hasattr(task, name) for task in TASKS.values() for name in named)
+
+
+@pytest.mark.parametrize("room", PACKAGES)
+def test_the_contributing_page_says_which_packages_a_room_may_use(room):
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cell = re.search(rf"^\| `{room}/` \| [^|]* \| ([^|]*) \|$", page, re.MULTILINE).group(1)
+    assert {re.split(r"[ `]+", word.strip())[0] for word in cell.split(",") if "`" not in word} == PACKAGES[room]
 
 
 def test_the_settings_table_of_vle_holds_every_key_with_its_shipped_value():

@@ -92,7 +92,7 @@ def test_the_strategy_and_the_data_of_vlberts_config_are_shown(tmp_path):
     assert found["strategy"] == "SpotTune"
     assert int(found["parameters_policy"]) > 0
     assert found["TRAIN_IMAGE_SET"] == "train2014"
-    assert found["DATASET_PATH"] == str(vlbert_run.drawn_regions())
+    assert found["data_path"] == str(vlbert_run.drawn_regions())
 
 
 def test_pretrained_weights_of_vlberts_config_count_as_start_weights():
