@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
-from data.files import read_json
+from data.files import read_object
 
 CONFIG_FILE = "preprocessor_config.json"
 _MUST_BE_TRUE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -50,9 +50,7 @@ class CLIPImageSettings:
         Raises:
             DataError: names the key that is of a wrong kind or asks for what is not implemented.
         """
-        values = read_json(path, advice="it comes with the published weights")
-        if not isinstance(values, dict):
-            raise DataError(f"{path} must hold an object of settings")
+        values = read_object(path, advice="it comes with the published weights")
         for key in _MUST_BE_TRUE:
             if values.get(key, True) is not True:
                 raise DataError(f"{path}: {key} {values[key]!r:.40} is not implemented here, only true")

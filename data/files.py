@@ -30,6 +30,14 @@ def read_json(path: str | Path, *, advice: str = "") -> Any:
     return parse_json(_read_bytes(Path(path), advice), path, advice=advice)
 
 
+def read_object(path: str | Path, *, advice: str = "") -> dict[str, Any]:
+    """The object of settings that a JSON file holds; arguments and errors as ``read_json``."""
+    values = read_json(path, advice=advice)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold an object of settings, got {values!r:.40}")
+    return values
+
+
 def parse_json(content: bytes, path: str | Path, *, advice: str = "") -> Any:
     """The value of a JSON file whose bytes are at hand; ``path`` names it, errors as ``read_json``."""
     content = content.removeprefix(BYTE_ORDER_MARK)

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.clip_images import CONFIG_FILE as IMAGE_FILE
 from data.clip_images import CLIPImageSettings
 from data.errors import DataError
-from data.files import read_json
+from data.files import read_object
 from data.tokenizers.llama import MODEL_FILE, LlamaTokenizer
 from engine.log import say
 from engine.weights import FOLDER_FILES, read_state_dict, stream_weights
@@ -176,7 +176,7 @@ def _plan(
 ) -> _Plan:
     """Decide by content what the folder is, and where its tower comes from."""
     where = source / CONFIG_FILE
-    values = _read_object(where, advice="it comes with the weights")
+    values = read_object(where, advice="it comes with the weights")
     if "text_config" in values:
         config = LlavaConfig.from_hf(values, str(where))
         vision = CLIPVisionConfig.from_dict(values.get("vision_config") or {}, f"{where}: vision_config")
@@ -205,7 +205,7 @@ def _plan(
     elif folder is None:
         raise DataError(f"no image tower at {named}, nor beside {source}: download it and give it as --vision_tower")
     else:
-        vision = CLIPVisionConfig.from_dict(_read_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        vision = CLIPVisionConfig.from_dict(read_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if layout == PLAIN and overriding is None:
         values = values | {
             "mm_vision_tower": str(named),
@@ -279,7 +279,7 @@ def _fill_or_refuse(model: LlavaForCausalLM, plan: _Plan, *, is_adapter: bool, d
 
 def _adapter_values(path: Path) -> dict[str, Any]:
     advice = "folders of checkpoints within a run of the original lack it; give the folder of its end, which has it"
-    values = _read_object(path / CONFIG_FILE, advice=advice)
+    values = read_object(path / CONFIG_FILE, advice=advice)
     if not (path / REST_FILE).exists() and values.get("mm_projector_type") != "identity":
         raise DataError(f"{path} has no {REST_FILE}, which holds the trained projector: {advice}")
     return values
@@ -352,7 +352,7 @@ def _tokenizer(given: str | Path | None, folders: Sequence[Path], rows: int) -> 
 def read_adapter(path: Path) -> tuple[LoRAConfig, AdapterWeights]:
     """The two files of an adapter's folder that peft knows; errors as ``read_llava_folder``."""
     where = path / ADAPTER_CONFIG
-    config = LoRAConfig.from_dict(_read_object(where), str(where))
+    config = LoRAConfig.from_dict(read_object(where), str(where))
     return config, AdapterWeights.parse(read_state_dict(_adapter_file(path)))
 
 
@@ -375,13 +375,6 @@ def _projector_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _has_projector(model: LlavaForCausalLM) -> bool:
     return any(True for _ in model.model.mm_projector.parameters())
-
-
-def _read_object(path: Path, advice: str = "") -> dict[str, Any]:
-    values = read_json(path, advice=advice)
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold an object of settings, got {values!r:.40}")
-    return values
 
 
 def _values_of(config: LlavaConfig) -> dict[str, Any]:

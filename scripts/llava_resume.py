@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.files import read_json
+from data.files import read_object
 from data.llava_conversation import TEMPLATES
 from data.llava_dataset import Conversation
 from engine import distributed
@@ -79,11 +79,11 @@ def _differences(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace
     mode = next((mode for mode, name in files.items() if (checkpoint / name).exists()), "full")
     if mode != args.mode:
         return [f"it trained {_TRAINED[mode]}, this one trains {_TRAINED[args.mode]}"]
-    saved = _read_object(checkpoint / CONFIG_FILE)
+    saved = read_object(checkpoint / CONFIG_FILE)
     found, base = _other_backend(checkpoint, args), saved.get("_name_or_path", "")
     if folder.adapter is not None:
         where = checkpoint / ADAPTER_CONFIG
-        before = LoRAConfig.from_dict(_read_object(where), str(where))
+        before = LoRAConfig.from_dict(read_object(where), str(where))
         base = before.base_model_name_or_path
         for flag, old, new in (
             ("--lora_r", before.r, folder.adapter.r),
@@ -115,7 +115,7 @@ def _other_data(checkpoint: Path, args: argparse.Namespace, data: dict[str, Any]
     """How the data of a checkpoint differ from this run's; empty if they do not, or if it does not tell."""
     if not (checkpoint / DATA_FILE).is_file():
         return ""
-    before = _read_object(checkpoint / DATA_FILE)
+    before = read_object(checkpoint / DATA_FILE)
     if before.get("sha256") != data["sha256"]:
         which = f"{before.get('samples')} samples, this file has {data['samples']}"
         if before.get("samples") == data["samples"]:
@@ -134,7 +134,7 @@ def _is_same_place(before: str, now: str) -> bool:
 
 
 def _say_other_settings(run_file: Path, args: argparse.Namespace) -> None:
-    before = _read_object(run_file).get("arguments") if run_file.is_file() else None
+    before = read_object(run_file).get("arguments") if run_file.is_file() else None
     if not isinstance(before, dict):
         return
     changes = []
@@ -146,10 +146,3 @@ def _say_other_settings(run_file: Path, args: argparse.Namespace) -> None:
             changes.append(f"--{name} {getattr(args, name)} instead of {before[name]}")
     if changes:
         say(f"warning: goes on with other settings than the run before: {', '.join(changes)}")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold an object of settings, got {values!r:.40}")
-    return values
