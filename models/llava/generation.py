@@ -13,7 +13,7 @@ from torch import Tensor
 from models.errors import ModelError
 from models.llava.llama import Cache
 from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import Joined
+from models.llava.splice import Joined, positions_of
 
 _NEVER = -1e9
 _COLDEST = 1e-6  # logits divided by less may leave the range of float32
@@ -71,7 +71,7 @@ class _Steps:
         self._mask, self._lengths = mask, mask.sum(dim=1, keepdim=True)
         self._cache = Cache(model.config.text, len(embeds), embeds.shape[1] + room, embeds)
         self._given = 0
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        positions = positions_of(mask)
         hidden = model.model.decode(
             embeds, mask=mask if self._padded else None, positions=positions, cache=self._cache
         ).tokens

@@ -68,10 +68,8 @@ class LlavaForCausalLM(nn.Module):
         return self.vision_config.num_tokens - (self.config.mm_vision_select_feature == "patch")
 
     def tower_features(self, pixels: Tensor) -> Tensor:
-        """(I, 3, S, S), normalised -> (I, P, C) features; without gradients unless the tower is trained."""
-        trained = any(parameter.requires_grad for parameter in self.tower.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features = self.tower(pixels)
+        """(I, 3, S, S), normalised -> (I, P, C) features."""
+        features = self.tower(pixels)
         # dense, as features that come from elsewhere are: the last bit of the projector's sums depends on it
         return features if self.config.mm_vision_select_feature == "cls_patch" else features[:, 1:].contiguous()
 

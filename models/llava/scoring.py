@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import Joined
+from models.llava.splice import Joined, positions_of
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def answer_probability(model: LlavaForCausalLM, joined: Joined, words: Sequence[
     batch, length = joined.embeds.shape[:2]
     said = model.model.embed_tokens(answer[:-1]).expand(batch, -1, -1)  # the last word is foretold, not read
     mask = torch.cat([joined.mask, joined.mask.new_ones(said.shape[:2])], dim=1)
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     hidden = model.model.decode(
         torch.cat([joined.embeds, said], dim=1), mask=None if bool(mask.all()) else mask, positions=positions
     ).tokens

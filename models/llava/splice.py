@@ -34,6 +34,11 @@ class Joined:
     lengths: list[int]
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """(B, T) masks of rows, padded on the left, to the place of each in its sequence; 0 where nothing is."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 def join_rows(
     ids: Tensor,
     images: Sequence[Tensor],
