@@ -45,14 +45,21 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
-def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+def fits_onednn(x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN is there and takes the two: float32 on the CPU, which autocast does not make smaller."""
     return (
         has_onednn()
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == y.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        fits_onednn(x, weight)
         and x.numel() * weight.shape[0] >= _MIN_PRODUCTS_FOR_ONEDNN
         and (weight.is_contiguous() or weight.t().is_contiguous())
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

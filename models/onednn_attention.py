@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.linear import has_onednn, onednn_product
+from models.linear import fits_onednn, onednn_product
 
 # Pairs of query and key of a head: below, calling overhead outweighs the gain; above, a head's pairs leave the caches.
 _MIN_PAIRS, _MAX_PAIRS = 90_000, 4_000_000
@@ -24,12 +24,9 @@ _MAX_THREADS = 4  # measured with 1 and 2; where there are many, torch's split o
 def is_worthwhile(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether ``onednn_attention`` takes these and is the faster way."""
     return (
-        has_onednn()
-        and q.device.type == "cpu"
-        and q.dtype == k.dtype == torch.float32
+        fits_onednn(q, k)
         and _MIN_PAIRS <= q.shape[-2] * k.shape[-2] <= _MAX_PAIRS
         and torch.get_num_threads() <= _MAX_THREADS
-        and not torch.is_autocast_enabled("cpu")
         and (mask is None or not mask.requires_grad)
     )
 
