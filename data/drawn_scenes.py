@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from data.errors import DataError
 from data.files import open_atomic
+from data.vqa_answers import answer_type
 
 CELL_PX = 32
 SIDE_PX = 3 * CELL_PX
@@ -96,10 +97,8 @@ class Question:
 
     @property
     def answer_type(self) -> str:
-        """``yes/no``, ``number`` or ``other``, as in the official annotations."""
-        if self.answer in ("yes", "no"):
-            return "yes/no"
-        return "number" if self.answer.isdigit() else "other"
+        """As in the official annotations."""
+        return answer_type(self.answer)
 
 
 @dataclass(frozen=True)

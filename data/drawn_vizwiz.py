@@ -30,8 +30,10 @@ from data.drawn_scenes import (
     render_scene,
 )
 from data.files import open_atomic
-from data.metrics.vizwiz import process_text, ten_choose_nine
+from data.metrics.vizwiz import process_text
+from data.metrics.vqa import ten_choose_nine
 from data.vizwiz import UNANSWERABLE
+from data.vqa_answers import answer_type
 
 SPLITS = ("train", "valid", "pretrain")
 ANNOTATIONS_FILE, PRETRAIN_FILE = "valid_annotations.json", "pretrain_for_llava.json"
@@ -234,11 +236,7 @@ def _written(answer: str, rng: random.Random) -> str:
 
 
 def _answer_type(asked: _Asked, flaw: str | None) -> str:
-    if flaw is not None:
-        return UNANSWERABLE
-    if asked.answer in ("yes", "no"):
-        return "yes/no"
-    return "number" if asked.answer.isdigit() else "other"
+    return UNANSWERABLE if flaw is not None else answer_type(asked.answer)
 
 
 # --- lessons ----------------------------------------------------------------------------------------------------------

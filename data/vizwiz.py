@@ -23,7 +23,8 @@ import numpy as np
 
 from data.errors import DataError
 from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, read_json
-from data.metrics.vizwiz import normalize_evalai, process_text, ten_choose_nine
+from data.metrics.vizwiz import normalize_evalai, process_text
+from data.metrics.vqa import ten_choose_nine
 from data.own_vqa import SCHEMA as OWN_SCHEMA
 from data.own_vqa import check_own_row
 
@@ -46,6 +47,11 @@ NORMALIZATIONS: dict[str, Callable[[str], str]] = {
 CONFIDENCES = ("yes", "maybe", "no")
 _ROW_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _KEYS = ("image", "question", "answers", "answer_type", "answerable")
+
+
+def is_unanswerable(text: str) -> bool:
+    """Whether an answer says that there is none."""
+    return process_text(text) == UNANSWERABLE
 
 
 @dataclass(frozen=True)
@@ -260,7 +266,7 @@ class TrainingFile:
 
     Attributes:
         entries: as ``train_for_llava.json`` holds them, in which the original writes an indent of 4.
-        num_replaced: entries whose chosen answer was empty once normalised and gave way to another.
+        num_replaced: rows whose most wanted answer was empty once normalised and gave way to another.
     """
 
     entries: list[dict[str, Any]]
@@ -290,7 +296,10 @@ def choose_answer(answers: Sequence[str], answer_choice: str = "mode") -> tuple[
     Returns:
         Normalised text, never empty, and whether it stands in for one that is.
     """
-    normalized = [process_text(answer, llava_fork=True) for answer in answers]
+    return _choose([process_text(answer, llava_fork=True) for answer in answers], answer_choice)
+
+
+def _choose(normalized: Sequence[str], answer_choice: str) -> tuple[str, bool]:
     worth: Mapping[str, float] = Counter(normalized)  # in order of first appearance
     if answer_choice == "soft":
         worth = {answer: ten_choose_nine(answer, normalized) for answer in worth}
@@ -312,10 +321,10 @@ def training_file(rows: Iterable[VizWizRow], options: ConversionOptions | None =
         answers = row.answers
         if options.drop_unsure_answers:
             answers = [answer for answer in answers if answer.confidence != "no"] or answers
-        text, is_replaced = choose_answer([answer.text for answer in answers], options.answer_choice)
+        normalized = [process_text(answer.text, llava_fork=True) for answer in answers]
+        text, is_replaced = _choose(normalized, options.answer_choice)
         num_replaced += is_replaced
-        everybody = [processed for answer in answers if (processed := process_text(answer.text, llava_fork=True))]
-        everybody = everybody or [UNANSWERABLE]
+        everybody = list(filter(None, normalized)) or [UNANSWERABLE]
         for number, one in enumerate(everybody if options.answer_choice == "all" else [text]):
             turns = [
                 {"from": "human", "value": f"<image>\n{options.prompt_of(row)}"},

@@ -23,6 +23,13 @@ ARTICLES = frozenset(("a", "an", "the"))
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # by the number of people, of ten, who gave the answer; 1.0 from four on
 
 
+def answer_type(answer: str) -> str:
+    """``yes/no``, ``number`` or ``other``, as the annotations of VQA and VizWiz have it, of a normalised answer."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "number" if answer.isdigit() else "other"
+
+
 def _contractions() -> dict[str, str]:
     """The official table; its four entries with a capital I are left out, since they never meet lower-cased words."""
     table: dict[str, str] = {}

@@ -21,10 +21,10 @@ from data.llava_conversation import Template
 from data.llava_images import LlavaTransform
 from data.llava_questions import LlavaQuestion, QuestionDataset, encode_questions
 from data.loader import EvalLoader, build_eval_loader
-from data.metrics.vizwiz import MIN_ANSWERS, TEXT_RULES, answerability_scores, process_text, vizwiz_accuracy
+from data.metrics.vizwiz import MIN_ANSWERS, TEXT_RULES, answerability_scores, vizwiz_accuracy
 from data.replaced_images import limit_replaced
 from data.tokenizers.llama import LlamaTokenizer
-from data.vizwiz import UNANSWERABLE, VizWizRow, choose_answer
+from data.vizwiz import UNANSWERABLE, VizWizRow, choose_answer, is_unanswerable
 from engine import distributed
 from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
@@ -215,7 +215,7 @@ def score(rows: Mapping[int, VizWizRow], answers: Mapping[int, Mapping[str, Any]
         per_type = {name: _percent(mean.value) for name, mean in sorted(found.per_answer_type.items())}
         accuracy[rule] = {"overall": _percent(found.overall.value), "per_answer_type": per_type}
     can_be_answered = [_can_be_answered(row) for row in rows.values()]
-    said = sum(process_text(text) == UNANSWERABLE for text in texts.values())
+    said = sum(map(is_unanswerable, texts.values()))
     answerability = None
     if not all(can_be_answered) and all("unanswerable" in answers[place] for place in rows):
         sure = [1 - min(answers[place]["unanswerable"], 1.0) for place in rows]

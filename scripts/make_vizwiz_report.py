@@ -232,13 +232,10 @@ def type_of_answers(answers: Iterable[str]) -> str:
     """VizWiz's types, told by the most frequent answer: ``unanswerable``, ``yes/no``, ``number`` or ``other``."""
     from data.metrics.vizwiz import process_text
     from data.vizwiz import UNANSWERABLE
+    from data.vqa_answers import answer_type
 
     mode = Counter(map(process_text, answers)).most_common(1)[0][0]
-    if mode == UNANSWERABLE:
-        return mode
-    if mode in ("yes", "no"):
-        return "yes/no"
-    return "number" if mode.isdigit() else "other"
+    return mode if mode == UNANSWERABLE else answer_type(mode)
 
 
 def items_of_answers(path: Path, answers: dict[str, Answer], folder: Path) -> list[Item]:
@@ -322,6 +319,7 @@ def score_table(
         (lines ``{"name", "group", "count", "scores"}``, for each column the score by question; empty without scores).
     """
     from data.metrics.vizwiz import vizwiz_accuracy
+    from data.vizwiz import is_unanswerable
 
     answers = {item.name: item.answers for item in items}
     types = {item.name: item.answer_type for item in items}
@@ -341,14 +339,6 @@ def score_table(
     shares = [sum(map(is_unanswerable, column.values())) / len(items) for column in columns.values()]
     table.append({"name": "says unanswerable", "group": "share", "count": len(items), "scores": shares})
     return table, per_column
-
-
-def is_unanswerable(text: str) -> bool:
-    """Whether an answer says that there is none."""
-    from data.metrics.vizwiz import process_text
-    from data.vizwiz import UNANSWERABLE
-
-    return process_text(text) == UNANSWERABLE
 
 
 def text_rows(predictions: dict[str, str], items: list[Item]) -> list[Any]:
@@ -375,6 +365,7 @@ def page_rows(
 ) -> list[dict[str, Any]]:
     """What the page shows of each question, in order."""
     from data.metrics.vizwiz import process_text
+    from data.vizwiz import is_unanswerable
     from scripts.report.vizwiz_page import Said
 
     rows = []

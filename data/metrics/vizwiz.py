@@ -8,13 +8,13 @@ Deliberate difference: sums are divided by the number of people, where the cours
 """
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.errors import DataError
-from data.metrics.vqa import MIN_ANSWERS, Mean
+from data.metrics.vqa import MIN_ANSWERS, Mean, ten_choose_nine
 from data.vqa_answers import clean_spaces, normalize_official, normalize_words, strip_punctuation
 
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -46,20 +46,6 @@ def normalize_evalai(text: str) -> str:
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     # stripped twice: the ends count for marks beside a space
     return normalize_words(strip_punctuation(clean_spaces(text.strip())))
-
-
-def ten_choose_nine(prediction: Hashable, answers: Sequence[Hashable]) -> float:
-    """Mean over the ways to leave one person out of min(1, people of the rest who agree / 3).
-
-    Args:
-        prediction: text or id, already normalised.
-        answers: of ten people, or as many as there are.
-
-    Returns:
-        Score in [0, 1]; for ten people 0, 0.3, 0.6, 0.9 and 1 by the number who agree.
-    """
-    matches = sum(answer == prediction for answer in answers)
-    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
 
 def _as_it_is(text: str) -> str:

@@ -5,7 +5,7 @@ told by place, not by comparing records, so annotations without answer_id score 
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,20 @@ class VQAAccuracy:
         return {qid: round(100 * score, 2) for qid, score in self.per_question.items()}
 
 
+def ten_choose_nine(prediction: Hashable, answers: Sequence[Hashable]) -> float:
+    """Mean over the ways to leave one person out of min(1, people of the rest who agree / 3).
+
+    Args:
+        prediction: text or id, already normalised.
+        answers: of ten people, or as many as there are.
+
+    Returns:
+        Score in [0, 1]; for ten people 0, 0.3, 0.6, 0.9 and 1 by the number who agree.
+    """
+    matches = sum(answer == prediction for answer in answers)
+    return sum(min(1.0, (matches - (answer == prediction)) / 3) for answer in answers) / len(answers)
+
+
 def question_accuracy(prediction: str, answers: Sequence[str], always_normalize: bool = False) -> float:
     """Score in [0, 1] of one answer against those of several people.
 
@@ -93,9 +107,7 @@ def question_accuracy(prediction: str, answers: Sequence[str], always_normalize:
     if always_normalize or len(set(answers)) > 1:
         answers = [normalize_official(answer) for answer in answers]
         prediction = normalize_official(prediction)
-    matches = answers.count(prediction)
-    agreement = [min(1.0, (matches - (answer == prediction)) / 3) for answer in answers]  # each person left out once
-    return sum(agreement) / len(agreement)
+    return ten_choose_nine(prediction, answers)
 
 
 def vqa_accuracy(

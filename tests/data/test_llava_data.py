@@ -21,9 +21,9 @@ from data.metrics.vizwiz import (
     average_precision,
     normalize_evalai,
     process_text,
-    ten_choose_nine,
     vizwiz_accuracy,
 )
+from data.metrics.vqa import ten_choose_nine
 from data.vizwiz import (
     ANSWERS_KEY,
     SUFFIX,

@@ -25,9 +25,9 @@ from data.metrics.vizwiz import (
     answerability_scores,
     normalize_evalai,
     process_text,
-    ten_choose_nine,
     vizwiz_accuracy,
 )
+from data.metrics.vqa import ten_choose_nine
 from data.vizwiz import question_lines, read_results, read_rows, training_file, upload_entries, write_submission
 from engine.schedule import warmup_decay
 from tests.parity.fixture_files import load_fixture
