@@ -124,7 +124,7 @@ def read_llava_folder(
         overriding = None if brought.of_transformers else _adapter_values(path)
         source = _base_of(path, adapter.base_model_name_or_path, base)
     elif base is not None and _holds_projector(path):
-        overriding, projector = _read_object(path / CONFIG_FILE), path
+        overriding, projector = read_object(path / CONFIG_FILE), path
         source = _base_of(path, overriding.get("_name_or_path"), base)
     elif base is not None:
         raise DataError(f"{path} has no {ADAPTER_CONFIG}, so it takes no base: leave the base out or give an adapter")
