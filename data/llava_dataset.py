@@ -122,7 +122,7 @@ class LlavaDataset:
         self._samples, self._tokenizer, self._template = samples, tokenizer, template
         self._images: ImageReader | FeatureReader = images
         self._blank = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
-        self._max_length = max_length
+        self._max_length, self._image_key = max_length, "image"
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -134,7 +134,7 @@ class LlavaDataset:
 
     def use_features(self, features: FeatureReader) -> None:
         """Give the features of the images in place of pixels from now on, and read no image."""
-        self._images, self._blank = features, features.blank()
+        self._images, self._blank, self._image_key = features, features.blank(), "features"
 
     def sample(self, index: int, rng: np.random.Generator) -> LlavaSample:
         """Encode sample ``index`` and read its image.
@@ -158,22 +158,15 @@ class LlavaDataset:
             image, error = self._images.read(sample.image, rng, where)
         return LlavaSample(index, encoded, image, error)
 
-
-class LlavaCollate:
-    """Joins samples into a batch."""
-
-    def __init__(self, pad_id: int, max_length: int, *, image_key: str = "image") -> None:
-        """Longer samples are cut; ``image_key``: ``image``, or ``features`` if they stand in the pixels' place."""
-        self._pad_id, self._max_length, self._image_key = pad_id, max_length, image_key
-
-    def __call__(self, samples: list[LlavaSample]) -> dict[str, Any]:
-        """Joined samples.
+    def collate(self, samples: list[LlavaSample]) -> dict[str, Any]:
+        """Join samples, cut to the maximal length.
 
         Returns:
             ``ids``, ``labels``, ``mask`` (B, T); ``image`` (B, 3, S, S) uint8 or ``features`` (B, P, C); ``sample_id``;
             what was replaced.
         """
-        batch: dict[str, Any] = collate([sample.encoded for sample in samples], self._pad_id, self._max_length)
+        encoded = [sample.encoded for sample in samples]
+        batch: dict[str, Any] = collate(encoded, self._tokenizer.pad_id, self._max_length)
         batch[self._image_key] = torch.stack([sample.image for sample in samples])
         batch["sample_id"] = [sample.sample_id for sample in samples]
         batch["images_replaced"] = sum(bool(sample.image_error) for sample in samples)

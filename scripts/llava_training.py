@@ -15,7 +15,7 @@ from data.clip_images import CLIPImageSettings, normalize
 from data.errors import DataError
 from data.image_reader import ImageReader, check_images_exist
 from data.llava_conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
-from data.llava_dataset import Conversation, LlavaCollate, LlavaDataset, read_conversations
+from data.llava_dataset import Conversation, LlavaDataset, read_conversations
 from data.llava_images import LlavaTransform
 from data.llava_questions import read_llava_questions
 from data.llava_sampler import LengthGroupedSampler
@@ -97,9 +97,7 @@ def train_loader(
         features = cached_features(args, folder, names, reader, device=device, dtype=dtype)
     if features is not None:
         dataset.use_features(features)
-    key = "image" if features is None else "features"
-    collate = LlavaCollate(folder.tokenizer.pad_id, args.model_max_length, image_key=key)
-    return build_loader(args, dataset, collate, train=True, device=device, sampler=sampler)
+    return build_loader(args, dataset, dataset.collate, train=True, device=device, sampler=sampler)
 
 
 def check_samples(samples: list[Conversation], args: argparse.Namespace, folder: LlavaFolder) -> None:

@@ -12,7 +12,7 @@ from data.clip_images import CLIPImageSettings
 from data.errors import DataError
 from data.image_reader import ImageReader
 from data.llava_conversation import IGNORE_INDEX, TEMPLATES
-from data.llava_dataset import LlavaCollate, LlavaDataset, read_conversations
+from data.llava_dataset import LlavaDataset, read_conversations
 from data.llava_images import LlavaTransform
 from data.tokenizers.llama import IMAGE_TOKEN_ID, LlamaTokenizer
 from data.vizwiz import ANSWERS_KEY
@@ -59,7 +59,7 @@ def test_a_batch_mixes_images_and_text_alone(dataset_of):
     text = said("Who are you?", "an assistant")
     del text["image"]
     dataset = dataset_of(said(), text)
-    batch = LlavaCollate(0, 2048)([dataset.sample(place, np.random.default_rng(0)) for place in (0, 1)])
+    batch = dataset.collate([dataset.sample(place, np.random.default_rng(0)) for place in (0, 1)])
     assert batch["ids"].shape == batch["labels"].shape == batch["mask"].shape
     assert torch.equal(batch["mask"], batch["ids"] != 0)
     assert batch["image"].shape == (2, 3, SIDE, SIDE)
