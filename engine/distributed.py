@@ -329,11 +329,15 @@ def on_main(work: Callable[[], T]) -> T:
     return broadcast_object(together(lambda: work() if is_main() else None))
 
 
-def report_failure(message: str) -> None:
-    """Leave word for the other processes, which will notice only that contact is lost; the first message stays."""
-    if dist.is_initialized() and reported_failure() is None:
+def report_failure(message: str) -> bool:
+    """Leave word for the other processes, which will notice only that contact is lost; whether it is the first word."""
+    if dist.is_initialized():
         with suppress(Exception):  # the process that keeps the store may be gone: then there is nobody to tell
-            _store().set(_FAILURE_KEY, f"rank {rank()}: {message}")
+            store = _store()
+            if store.add(f"{_FAILURE_KEY}/count", 1) > 1:
+                return False
+            store.set(_FAILURE_KEY, f"rank {rank()}: {message}")
+    return True
 
 
 def reported_failure() -> str | None:

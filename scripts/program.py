@@ -25,6 +25,7 @@ class _Outcome:
     code: int
     message: str = ""
     agreed: bool = False  # all processes end so, and one of them need say it
+    is_known: bool = False  # what other processes may find too, each in its own data: one of them need say it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -57,9 +58,9 @@ def _call(main: Callable[[], None]) -> _Outcome:
     try:
         _leave_children_alone(main)
     except INPUT_ERRORS as error:
-        return _Outcome(2, f"error: {error}", getattr(error, "agreed", False))
+        return _Outcome(2, f"error: {error}", getattr(error, "agreed", False), is_known=True)
     except RunError as error:
-        return _Outcome(1, f"error: {error}", error.agreed)
+        return _Outcome(1, f"error: {error}", error.agreed, is_known=True)
     except Stopped as stopped:
         return _Outcome(stopped.exit_code, str(stopped), agreed=True)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing to tell it
@@ -103,7 +104,7 @@ def _describe(error: Exception) -> str:
 
 
 def _say(outcome: _Outcome) -> None:
-    """Print the last line; where several processes end alike, the main one says it."""
+    """Print the last line; where several processes end alike, the main one or the first says it."""
     line = " ".join(outcome.message.split())
     program = os.path.basename(sys.argv[0]) or "plainvl"
     distributed = sys.modules.get("engine.distributed")  # a program that never imported it has one process
@@ -111,7 +112,8 @@ def _say(outcome: _Outcome) -> None:
         if outcome.agreed and not distributed.is_main():
             return
         if not outcome.agreed:
-            distributed.report_failure(line)
+            if not distributed.report_failure(line) and outcome.is_known:
+                return
             line = f"rank {distributed.rank()}: {line}"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
 
