@@ -455,6 +455,11 @@ def test_relative_links_lead_somewhere(path):
             assert anchor in slugs_of(linked), f"{path.name} links to {target}, a heading that is not there"
 
 
+def test_every_page_is_in_the_index_of_the_readme():
+    (row,) = re.findall(r"^\| `docs/` \| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"\]\((docs/\w+\.md)\)", row)) == {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_source_files_that_are_named_exist(path):
     rooms = r"(?<![\w/<])((?:models|data|engine|scripts|tests|benchmarks|docs|\.ci)/[\w/.-]*)"
