@@ -26,6 +26,7 @@ from engine.backend import resolve_precision
 from engine.checkpoint import BEST, newest_name
 from engine.deepspeed_config import choose_stage
 from engine.errors import RunError
+from engine.failures import could_not_write
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
@@ -178,8 +179,7 @@ def publish_result(args: argparse.Namespace, output_dir: Path, steps: int) -> No
         publish(output_dir / name, output_dir)
     except OSError as error:
         raise RunError(
-            f"could not write {output_dir} ({error.strerror or error}): free some space; the result is in "
-            f"{output_dir / name}"
+            f"{could_not_write(output_dir, error)}: free some space; the result is in {output_dir / name}"
         ) from None
     say(f"{args.mode} of {name} after {steps} steps: {output_dir}")
 

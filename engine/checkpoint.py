@@ -6,7 +6,6 @@ older checkpoints as they were.
 """
 
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -17,15 +16,15 @@ import torch
 from engine import distributed
 from engine.backend import Backend
 from engine.errors import EngineError, RunError
-from engine.failures import is_lost_loader_process
+from engine.failures import is_lost_loader_process, why_not_written
 from engine.random_state import get_random_state, set_random_state
 from engine.weights import load_torch_file
+from engine.whole_files import TEMPORARY, flush, write_text
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
 BEST = "checkpoint-best"
 AMENDMENT = "amendment.json"  # values that replace some of ``extra``; beside the manifest, which stays as it is
-TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
 
 
 def save_checkpoint(
@@ -64,7 +63,8 @@ def save_checkpoint(
         if is_lost_loader_process(raised):
             raise
         error = raised
-    failures = [text for text in distributed.gather_objects(None if error is None else str(error)) if text]
+    reason = None if error is None else why_not_written(temporary, error)
+    failures = [text for text in distributed.gather_objects(reason) if text]
     if failures:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -81,14 +81,14 @@ def save_checkpoint(
 
 def _agree(error: Exception | None, final: Path) -> None:
     """Raise on every process when the main process failed."""
-    failure = distributed.broadcast_object(None if error is None else str(error))
+    failure = distributed.broadcast_object(None if error is None else why_not_written(final, error))
     if failure:
         raise _not_written(final, failure)
 
 
 def _not_written(final: Path, failure: str) -> RunError:
     error = RunError(
-        f"could not write {final} ({failure.splitlines()[0]}): older checkpoints are untouched; "
+        f"could not write {final} ({failure}): older checkpoints are untouched; "
         "free some space or choose another --output_dir, then run the same command again to go on"
     )
     error.agreed = True
@@ -100,10 +100,9 @@ def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
     files = {}
     for path in sorted(temporary.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        _flush(path)
+        flush(path)
     manifest = {"files": files, "world_size": distributed.world_size(), "global_step": extra.get("global_step", 0)}
-    _write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _flush(temporary)
+    write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     if final.exists():  # a folder cannot be replaced in one step: set the old one aside, never be without both
         old = final.with_name(f"{TEMPORARY}old-{final.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -112,7 +111,7 @@ def _commit(temporary: Path, final: Path, extra: dict[str, Any]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     if final.name != BEST:
         point_to(final)
 
@@ -121,10 +120,7 @@ def point_to(folder: Path) -> None:
     """Let ``latest`` name a checkpoint, unless it does already; call on the main process."""
     if newest_name(folder.parent) == folder.name:
         return
-    pointer = folder.parent / f"{TEMPORARY}{POINTER}"
-    _write_text(pointer, folder.name + "\n")
-    pointer.replace(folder.parent / POINTER)
-    _flush(folder.parent)
+    write_text(folder.parent / POINTER, folder.name + "\n")
 
 
 def newest_name(output_dir: Path) -> str | None:
@@ -141,13 +137,9 @@ def amend_checkpoint(folder: Path, extra: dict[str, Any]) -> None:
     """
     error: OSError | None = None
     if distributed.is_main():
-        temporary = folder / f"{TEMPORARY}{AMENDMENT}"
         try:
-            _write_text(temporary, json.dumps(extra) + "\n")
-            temporary.replace(folder / AMENDMENT)
-            _flush(folder)
+            write_text(folder / AMENDMENT, json.dumps(extra) + "\n")
         except OSError as raised:
-            temporary.unlink(missing_ok=True)
             error = raised
     _agree(error, folder / AMENDMENT)
 
@@ -183,7 +175,7 @@ def require_sound(folder: Path) -> None:
 
 
 def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound checkpoint of a run, and one line for each unsound one that was passed over.
+    """The newest sound checkpoint of a run, and what is wrong with each newer or unreadable one (``PATH: …``).
 
     The best one counts too, since it may be the newest of a run that seldom saves; of two of the same step the ordinary
     one wins.
@@ -196,12 +188,12 @@ def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
             step = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["global_step"]
             candidates.append((step, folder.name != BEST, folder.name, folder))
         except (OSError, ValueError, KeyError, TypeError):
-            skipped.append(f"{folder} is passed over: {check_manifest(folder)}")
+            skipped.append(f"{folder}: {check_manifest(folder)}")
     for *_, folder in sorted(candidates, reverse=True):
         problem = check_manifest(folder)
         if problem is None:
             return folder, skipped
-        skipped.append(f"{folder} is passed over: {problem}")
+        skipped.append(f"{folder}: {problem}")
     return None, skipped
 
 
@@ -269,14 +261,18 @@ def prune(output_dir: Path, keep: int, *, newest: str) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
+def put_back(output_dir: Path) -> None:
+    """Give a checkpoint its name again that a replacement had set aside when it was stopped between its two renames."""
+    for path in output_dir.glob(f"{TEMPORARY}old-*"):
+        final = output_dir / path.name.removeprefix(f"{TEMPORARY}old-")
+        if path.is_dir() and not final.exists() and check_manifest(path) is None:
+            path.rename(final)
+
+
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what an interrupted write left behind; call on the main process before a run starts."""
+    put_back(output_dir)
     for path in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"checkpoint-*/{TEMPORARY}*")]:
-        old_name = path.name.removeprefix(f"{TEMPORARY}old-")
-        if path.name != old_name and path.is_dir() and not (output_dir / old_name).exists():
-            if check_manifest(path) is None:  # stopped between the two renames of a replacement
-                path.rename(output_dir / old_name)
-                continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -286,18 +282,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.errors import EngineError, RunError
+from engine.failures import could_not_write
+from engine.whole_files import write_text
 
 
 def say(text: str) -> None:
@@ -80,10 +82,8 @@ class RunLog:
             **extra,
         }
         path = self._folder / "run.json"
-        temporary = path.with_suffix(".json.writing")
         with _writing(path):
-            temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, json.dumps(record, indent=2, default=str) + "\n")
 
     def rewind(self, *, epoch: int, global_step: int) -> None:
         """Drop what a run that is now resumed had logged beyond the checkpoint: its epochs from ``epoch`` on."""
@@ -169,7 +169,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"could not write {path} ({error.strerror}): free some space or check the folder, "
+            f"{could_not_write(path, error)}: free some space or check the folder, "
             "then run the same command again to go on"
         ) from None
 
@@ -192,6 +192,4 @@ def _keep_lines(path: Path, keep: Any) -> None:
                 continue
             if isinstance(row, dict) and keep(row):
                 kept.append(line + "\n")
-        temporary = path.with_name(path.name + ".writing")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(kept))

@@ -16,6 +16,7 @@ from engine import distributed
 from engine.checkpoint import MANIFEST
 from engine.errors import EngineError, RunError
 from engine.evaluation import gather_by_id
+from engine.failures import why_not_written
 from engine.log import say
 
 _WEIGHTS = (".pth", ".pt", ".bin", ".model", ".safetensors", ".index.json")
@@ -160,8 +161,8 @@ class PartialResults:
 
     def _not_kept(self, error: OSError) -> RunError:
         return RunError(
-            f"cannot keep results in {self._folder} ({error.strerror or error}): what was evaluated so far stays; free "
-            "some space or make the folder writable, then run the same command again to go on"
+            f"cannot keep results in {self._path} ({why_not_written(self._path, error)}): what was evaluated so far "
+            "stays; free some space or make the folder writable, then run the same command again to go on"
         )
 
 

@@ -33,11 +33,11 @@ from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
 from engine.log import say
 from engine.partial_results import PartialResults
+from engine.whole_files import write_weights
 from scripts.evaluation_files import clear_temporaries, open_partial_results
 from scripts.loaders import build_loader, warn_of_replaced
 from scripts.train_sentencepiece import train_model
 from scripts.written_files import refuse_others, written
-from scripts.zero_to_fp32 import write_atomically
 
 BEST_METRIC = "accuracy"
 MODEL_FILE, SUBMISSION_FILE = "model.pth", "submission.npy"
@@ -352,5 +352,5 @@ def write_model(output_dir: Path, state: dict[str, Tensor], dictionaries: Dictio
     with written(output_dir / DICTIONARIES_FILE, output_dir / MODEL_FILE):
         with open_atomic(output_dir / DICTIONARIES_FILE) as handle:
             handle.write(dictionaries.to_json().decode())
-        write_atomically(state, output_dir / MODEL_FILE)
+        write_weights(state, output_dir / MODEL_FILE)
     say(f"wrote {output_dir / MODEL_FILE}")

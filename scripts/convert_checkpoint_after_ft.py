@@ -88,9 +88,9 @@ def _write_checked(state: dict, model_dir: Path, target: Path, *, with_files: bo
 
 
 def _write(state: dict, target: Path) -> None:
-    from scripts.zero_to_fp32 import write_atomically
+    from engine.whole_files import write_weights
 
-    write_atomically({name: value.contiguous() for name, value in state.items()}, target)
+    write_weights({name: value.contiguous() for name, value in state.items()}, target)
     print(f"wrote {len(state)} tensors to {target}")
 
 

@@ -24,7 +24,9 @@ from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
 from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
 from engine.backend import WeightsFormat, trained_names
 from engine.errors import RunError
+from engine.failures import could_not_write, why_not_written
 from engine.weights import read_state_dict
+from engine.whole_files import write_whole
 from models.errors import ModelError
 from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
 from scripts.llava_folder import (
@@ -40,6 +42,7 @@ from scripts.llava_folder import (
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
 MAX_SHARD_BYTES = 5 * 10**9
+MIN_LINKED_BYTES = 64 << 20  # of a result's file that shares its bytes with the checkpoint's
 _MODEL_FILES = (
     *(CONFIG_FILE, "generation_config.json", IMAGE_FILE, MODEL_FILE, TOKENIZER_FILE, ADDED_FILE),
     *("special_tokens_map.json", ADAPTER_CONFIG, REST_FILE, PROJECTOR_FILE),
@@ -83,7 +86,7 @@ def save_full_model(
         _write_model(temporary, folder, state, dtype, max_shard_bytes)
         _take_name(temporary, output)
     except Exception as error:  # safetensors has an exception of its own for a full disk
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+        raise RunError(f"{could_not_write(output, error)}: free some space or check it") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -126,10 +129,10 @@ def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping
     tensors = {name: _plain(value) for name, value in state.items()}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(tensors, at, metadata={"format": "pt"}))
+        write_whole(output / ADAPTER_FILES[0], lambda at: save_file(tensors, at, metadata={"format": "pt"}))
         _write_json(output / ADAPTER_CONFIG, config.as_dict() | {"task_type": None, "auto_mapping": peer})
     except Exception as error:  # safetensors has an exception of its own for a full disk
-        raise RunError(f"could not write {output} ({_first_line(error)}): free some space or check it") from None
+        raise RunError(f"{could_not_write(output, error)}: free some space or check it") from None
 
 
 def checkpoint_format(folder: LlavaFolder, mode: str) -> WeightsFormat:
@@ -160,7 +163,7 @@ def checkpoint_format(folder: LlavaFolder, mode: str) -> WeightsFormat:
         try:
             writers[mode](target, state)
         except SafetensorError as error:  # such as a full disk
-            raise OSError(_first_line(error)) from None
+            raise OSError(why_not_written(target, error)) from None
 
     return WeightsFormat(write, readers[mode], with_frozen=mode == "full")
 
@@ -179,12 +182,17 @@ def publish(checkpoint: Path, output: Path) -> None:
     for name in sorted(names, key=lambda name: (name == ADAPTER_CONFIG, name)):
 
         def place(at: Path, source: Path = checkpoint / name) -> None:
+            # a small one may be edited here, which must not reach into the checkpoint
+            if source.stat().st_size < MIN_LINKED_BYTES:
+                shutil.copyfile(source, at)
+                return
+            at.unlink()
             try:
                 os.link(source, at)  # the same bytes, once on the disk
             except OSError:
                 shutil.copyfile(source, at)
 
-        _write_whole(output / name, place)
+        write_whole(output / name, place)
 
 
 def _write_adapter(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor]) -> None:
@@ -195,9 +203,9 @@ def _write_adapter(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor
         for name, value in state.items()
         if ".lora_" not in name and (name in trained or PROJECTOR in name)
     }
-    _write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
+    write_whole(output / ADAPTER_FILES[0], lambda at: save_file(adapters, at, metadata={"format": "pt"}))
     if rest:
-        _write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
+        write_whole(output / REST_FILE, lambda at: torch.save(rest, at))
     _write_json(output / CONFIG_FILE, folder.values)
     # the last: by this file a folder is an adapter
     _write_json(output / ADAPTER_CONFIG, folder.adapter.as_dict())
@@ -262,8 +270,11 @@ def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype 
     places = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: _plain(state[name], dtype) for name in names}, target / file, metadata={"format": "pt"})
-        _sync(target / file)
+
+        def save_shard(at: Path, names: list[str] = names) -> None:
+            save_file({name: _plain(state[name], dtype) for name in names}, at, metadata={"format": "pt"})
+
+        write_whole(target / file, save_shard)
         places.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -288,29 +299,5 @@ def _plain(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return value.detach().to("cpu", dtype or value.dtype).clone().contiguous()
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a library write a file under another name; what is no text takes this way (``data.files`` for the rest)."""
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors leaves files that nobody else may read
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_json_atomic(path, dict(sorted(values.items())), indent=2)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

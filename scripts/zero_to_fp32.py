@@ -11,13 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import os
-from typing import TYPE_CHECKING
 
 from scripts.arguments import HelpFormatter, OneLineParser
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
 
     from engine.errors import EngineError
+    from engine.whole_files import write_weights
     from engine.zero_files import find_zero_folder, read_whole_weights, strip_wrappers
 
     output = Path(args.output_file)
@@ -50,38 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.debug:
         for name, value in weights.items():
             print(f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}")
-    write_atomically(weights, output)
+    write_weights(weights, output)
     print(f"wrote {len(weights)} tensors, {sum(value.numel() for value in weights.values())} numbers, to {output}")
-
-
-def write_atomically(weights: "dict[str, Tensor]", output: Path) -> None:
-    """Write beside the place and rename, so that the file is whole or absent.
-
-    Raises:
-        RunError: the disk is full or not writable.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    from engine.errors import RunError
-
-    # pieces of one long tensor would each carry all of it, and shared ones have no place in safetensors
-    weights = {name: value.clone().contiguous() for name, value in weights.items()}
-    temporary = output.with_name(f".writing-{output.name}")
-    try:
-        if output.suffix == ".safetensors":
-            save_file(weights, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(weights, temporary)
-        handle = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        temporary.replace(output)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"could not write {output} ({str(error).splitlines()[0]}): free some space") from None
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_a_result_that_is_missing_is_an_error(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"cannot keep results in \S+file \(.+\): what was evaluated so far stays; free"):
+    with pytest.raises(RunError, match=r"cannot keep results in \S+\.jsonl \(.+\): what was evaluated so far stays"):
         partial(tmp_path / "file")
 
 
@@ -233,7 +233,8 @@ def test_a_full_disk_is_one_line_and_what_was_kept_stays(tmp_path):
     )
     index, _, message = done.stdout.partition(" ")
     assert 5 < int(index) < 30
-    assert message.startswith(f"cannot keep results in {tmp_path} (File too large): what was evaluated so far stays")
+    kept = tmp_path / ".partial-x-rank0.jsonl"
+    assert message.startswith(f"cannot keep results in {kept} (File too large): what was evaluated so far stays")
     assert len(message.splitlines()) == 1
     assert PartialResults(tmp_path, "x", {}, range(100)).found == set(range(int(index)))
 

@@ -1,0 +1,76 @@
+"""Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.errors import RunError
+from engine.failures import could_not_write
+
+TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file under another name of the same folder, which then takes its place.
+
+    It gets the mode that new files have here, whatever ``write`` leaves (safetensors: readable by nobody else).
+
+    Args:
+        path: of the file; its folder must exist.
+        write: gets the path of an empty file to write, or to replace.
+
+    Raises:
+        OSError: the disk is full or not writable, or whatever ``write`` raises; an older file stays.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode & 0o777)
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_whole`` for a text in UTF-8."""
+    write_whole(path, lambda at: at.write_text(text, encoding="utf-8"))
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a bare state dict, by the name's ending with safetensors or with torch.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    # pieces of one long tensor would each carry all of it, and shared ones have no place in safetensors
+    weights = {name: value.clone().contiguous() for name, value in weights.items()}
+
+    def write(at: Path) -> None:
+        if path.suffix == ".safetensors":
+            save_file(weights, at, metadata={"format": "pt"})
+        else:
+            torch.save(weights, at)
+
+    try:
+        write_whole(path, write)
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        raise RunError(f"{could_not_write(path, error)}: free some space or check the folder") from None
+
+
+def flush(path: Path) -> None:
+    """See that a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

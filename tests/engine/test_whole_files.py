@@ -1,0 +1,117 @@
+import errno
+import os
+import shutil
+import subprocess
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from engine.errors import RunError
+from engine.failures import could_not_write
+from engine.whole_files import write_text, write_weights, write_whole
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_file_has_the_mode_of_new_files_whatever_wrote_it(tmp_path, umask, mask, mode):
+    umask(mask)
+    writers = {
+        "model.safetensors": lambda at: save_file({"a": torch.ones(2)}, at),
+        "model.pth": lambda at: torch.save({"a": torch.ones(2)}, at),
+        "latest": lambda at: at.write_text("checkpoint-1\n"),
+    }
+    for name, write in writers.items():
+        write_whole(tmp_path / name, write)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(writers, mode)
+
+
+def test_a_write_that_fails_leaves_the_older_file_and_nothing_else(tmp_path):
+    write_text(tmp_path / "run.json", "old")
+
+    def fail(at):
+        at.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "run.json", fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_a_kill_left_under_the_other_name_is_no_part_of_the_next_file(tmp_path):
+    (tmp_path / ".writing-log.txt").write_text("much longer than the text to come")
+    write_text(tmp_path / "log.txt", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.txt": "new"}
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_weights_are_written_by_the_ending_of_the_name(tmp_path, name):
+    long = torch.arange(1000.0)
+    write_weights({"piece": long[:2], "same": long[:2], "turned": torch.ones(2, 3).T}, tmp_path / name)
+    read = load_file if name.endswith("s") else lambda path: torch.load(path, weights_only=True)
+    assert {key: value.tolist() for key, value in read(tmp_path / name).items()} == {
+        "piece": [0.0, 1.0],
+        "same": [0.0, 1.0],
+        "turned": [[1.0, 1.0]] * 3,
+    }
+    assert (tmp_path / name).stat().st_size < 3000
+
+
+Room = namedtuple("Room", "f_bavail f_frsize")
+FULL, ROOMY = Room(1, 4096), Room(1 << 30, 4096)
+
+
+@pytest.mark.parametrize(
+    ("error", "room", "why"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ROOMY, "the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), ROOMY, "the disk is full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), FULL, "the disk is full"),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nmore"),
+            ROOMY,
+            "PytorchStreamWriter failed writing file data/0: file write failed",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), ROOMY, "the disk quota is used up"),
+        (PermissionError(errno.EACCES, "Permission denied"), FULL, "Permission denied"),
+        (RuntimeError("something else"), FULL, "something else"),
+        (RuntimeError(), FULL, "RuntimeError"),
+    ],
+)
+def test_a_full_disk_has_the_same_words_whoever_noticed(tmp_path, monkeypatch, error, room, why):
+    asked = []
+    monkeypatch.setattr("os.statvfs", lambda folder: asked.append(folder) or room)
+    path = tmp_path / "not made" / "model.pth"
+    assert could_not_write(path, error) == f"could not write {path} ({why})"
+    assert set(asked) <= {tmp_path}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, where one may be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_on_a_disk_that_is_really_full_both_formats_say_so(small_disk, name):
+    with pytest.raises(RunError, match=rf"could not write \S+{name} \(the disk is full\): free some space"):
+        write_weights({"a": torch.ones(1 << 20)}, Path(small_disk) / name)
+    assert list(small_disk.iterdir()) == []
