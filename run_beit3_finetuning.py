@@ -27,6 +27,7 @@ from engine import distributed, stop
 from engine.backend import resolve_precision
 from engine.deepspeed_config import choose_precision, choose_stage, read_config
 from engine.errors import EngineError
+from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
@@ -42,6 +43,7 @@ from scripts.beit3_model import ModelChoice, build_model
 TASKS = {"vqav2": beit3_vqa, "coco_captioning": beit3_captioning, "nocaps": beit3_captioning}
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, build the model, then evaluate or train."""
     args = parse_args(argv)

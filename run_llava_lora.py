@@ -27,6 +27,7 @@ from engine.checkpoint import BEST, newest_name
 from engine.deepspeed_config import choose_stage
 from engine.errors import RunError
 from engine.failures import could_not_write
+from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
@@ -40,6 +41,7 @@ from scripts.llava_resume import DATA_FILE, check_resume, describe_data
 from scripts.llava_saving import checkpoint_format, publish
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, build the model, train, put the result into the output folder."""
     args = parse_args(argv)

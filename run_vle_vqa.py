@@ -32,6 +32,7 @@ from engine.backend import resolve_precision
 from engine.checkpoint import BEST
 from engine.deepspeed_config import choose_stage
 from engine.errors import EngineError
+from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
@@ -47,6 +48,7 @@ _BETAS = (0.9, 0.98)
 _MANY_EPOCHS = 1000  # where max_steps decides, as in the original
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, build the model, train, predict."""
     args = parse_args(argv)

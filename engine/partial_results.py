@@ -17,6 +17,7 @@ from engine.checkpoint import MANIFEST
 from engine.errors import EngineError, RunError
 from engine.evaluation import gather_by_id
 from engine.failures import why_not_written
+from engine.folder_lock import hold, release
 from engine.log import say
 
 _WEIGHTS = (".pth", ".pt", ".bin", ".model", ".safetensors", ".index.json")
@@ -48,6 +49,7 @@ class PartialResults:
             resume: False discards what there is.
 
         Raises:
+            EngineError: another process is at the same evaluation into the same folder.
             RunError: the folder cannot be written.
         """
         self._folder, self._name = folder, name
@@ -58,6 +60,7 @@ class PartialResults:
         if folder is None:
             return
         self._path = folder / f".partial-{name}-rank{distributed.rank()}.jsonl"
+        self._lock = folder / f".lock-{name}"  # not the run's: a checkpoint may be evaluated beside a training
         distributed.on_main(lambda: self._start(json.loads(json.dumps(key)), resume))
         ids, key = distributed.broadcast_object((list(self._results), dict(key)))
         self.found = frozenset(ids)
@@ -96,9 +99,12 @@ class PartialResults:
         if distributed.is_main():
             for path in self._files():
                 path.unlink(missing_ok=True)
+            release(self._lock)
 
     def _start(self, key: dict[str, Any], resume: bool) -> None:
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            hold(self._lock, self._folder, what="evaluation of the same", way_out="choose another output folder")
             self._take_over(key, resume)
         except OSError as raised:
             raise self._not_kept(raised) from None
@@ -118,7 +124,6 @@ class PartialResults:
 
     def _take_over(self, key: dict[str, Any], resume: bool) -> None:
         """Read all files of this name into one; the main process's own from now on."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         paths = self._files()
         for path in paths if resume else ():
             if path.suffix == ".new":  # holds what others hold, if anything

@@ -1,15 +1,23 @@
-"""The folder of a run before the run starts: made, tidied up, and asked which checkpoint to go on from."""
+"""The folder of a run before the run starts: made, locked, tidied up, and asked which checkpoint to go on from."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from engine import distributed
-from engine.checkpoint import BEST, MANIFEST, TEMPORARY, clear_leftovers, find_newest, point_to, require_sound
+from engine.checkpoint import BEST, MANIFEST, clear_leftovers, find_newest, point_to, put_back, require_sound
 from engine.errors import EngineError
+from engine.failures import why_not_written
+from engine.folder_lock import hold, release
 from engine.log import say
+from engine.whole_files import TEMPORARY
+
+LOCK = ".run.lock"
 
 
 def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, training: bool) -> Path | None:
     """Make the output folder, tidy up after an interrupted run, and decide which checkpoint to go on from.
+
+    A training run keeps others from the folder until ``folder_lock.released_at_the_end``.
 
     Args:
         output_dir: folder of the run.
@@ -21,37 +29,43 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         Checkpoint folder, or None to start anew; the same on all processes.
 
     Raises:
-        EngineError: the folder cannot be written or is not shared by the processes, nothing to resume from, or a new
-            run would mix with an old one.
+        EngineError: the folder cannot be written, is not shared by the processes or written by another run, nothing to
+            resume from, or a new run would mix with an old one. Nothing in the folder was changed.
     """
     probe = output_dir / f"{TEMPORARY}probe"
 
     def prepare() -> Path | None:
+        chosen = None
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            probe.touch()
             if training:
+                hold(output_dir / LOCK, output_dir)
+                put_back(output_dir)
+                chosen = _choose_resume(output_dir, resume, auto_resume)
                 clear_leftovers(output_dir)
-            chosen = _choose_resume(output_dir, resume, auto_resume) if training else None
             probe.touch()
         except OSError as raised:
-            raise EngineError(
-                f"--output_dir {output_dir} cannot be written ({raised.strerror}): choose another folder"
-            ) from None
+            why = why_not_written(output_dir, raised)
+            raise EngineError(f"--output_dir {output_dir} cannot be written ({why}): choose another folder") from None
         return chosen
 
-    error: EngineError | None = None
-    chosen = distributed.on_main(prepare)
-    if not probe.exists():  # every process writes into it: the first checkpoint would fail, perhaps hours later
-        error = EngineError(
-            f"--output_dir {output_dir} is not the same folder for all processes: put it on a file system that all "
-            "machines share"
-        )
+    def look() -> None:
+        if not probe.exists():  # every process writes into it: the first checkpoint would fail, perhaps hours later
+            raise EngineError(
+                f"--output_dir {output_dir} is not the same folder for all processes: put it on a file system that all "
+                "machines share"
+            )
+
     try:
-        distributed.raise_together(error)
+        chosen = distributed.on_main(prepare)
+        distributed.together(look)
+    except EngineError:
+        release(output_dir / LOCK)
+        raise
     finally:
         if distributed.is_main():
-            probe.unlink()
+            with suppress(OSError):  # it could not be made
+                probe.unlink()
     return chosen
 
 
@@ -64,14 +78,19 @@ def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | N
             )
         require_sound(Path(resume))
         return Path(resume)
-    newest, skipped = find_newest(output_dir)
-    for line in skipped:
-        say(line)
+    newest, damaged = find_newest(output_dir)
+    if newest is None and damaged:
+        raise EngineError(
+            f"{output_dir} holds no sound checkpoint to go on from, only damaged ones ({'; '.join(damaged)}): remove "
+            "them to start anew, or choose another --output_dir"
+        )
     if resume == "latest" or auto_resume:
         if newest is None and resume == "latest":
             raise EngineError(
                 f"--resume latest: {output_dir} holds no sound checkpoint; leave --resume out to start anew"
             )
+        for line in damaged:
+            say(f"warning: passed over a damaged checkpoint, {line}")
         if newest is not None and newest.name != BEST:  # a stop between the checkpoint and the pointer to it
             point_to(newest)
         return newest

@@ -33,6 +33,7 @@ from data.vizwiz import VizWizRow
 from engine import distributed, stop
 from engine.backend import TorchBackend, resolve_precision
 from engine.checkpoint import BEST, newest_name
+from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
@@ -46,6 +47,7 @@ from scripts import baseline_vqa
 RUN_FOLDER = "baseline_run"
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, train, answer."""
     args = parse_args(argv)

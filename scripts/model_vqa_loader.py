@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.vizwiz import NORMALIZATIONS
+from engine.folder_lock import released_at_the_end
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
@@ -149,6 +150,7 @@ def model_id(path: Path) -> str:
     return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Check all input, read the model, answer, write."""
     args = parse_args(argv)

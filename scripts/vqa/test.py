@@ -25,6 +25,7 @@ import torch
 from data.errors import DataError
 from engine import distributed, stop
 from engine.backend import resolve_precision
+from engine.folder_lock import released_at_the_end
 from engine.log import say
 from engine.run_folder import prepare_run_folder
 from scripts import vlbert_vqa
@@ -32,6 +33,7 @@ from scripts.vlbert_config import check_same_model
 from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_tokenizer, load_trained_weights
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Load, predict, write."""
     args = parse_test_args(argv)

@@ -29,6 +29,7 @@ from engine import distributed, stop
 from engine.backend import resolve_precision
 from engine.checkpoint import BEST
 from engine.errors import EngineError
+from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, predicted_time, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
@@ -50,6 +51,7 @@ from scripts.vlbert_optim import POLICY_PART, vlbert_parameter_groups
 from scripts.wandb_log import WandbLog
 
 
+@released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, build network and policy, train."""
     args = parse_args(argv)

@@ -29,7 +29,7 @@ def partial(folder, name="vqa_val", *, key=KEY, ids=IDS, **options):
 
 
 def hidden(folder):
-    return sorted(path.name for path in Path(folder).iterdir() if path.name.startswith("."))
+    return sorted(path.name for path in Path(folder).iterdir() if path.name.startswith(".partial"))
 
 
 def left_by_a_stop(folder, results, **options):
@@ -180,12 +180,30 @@ def test_nothing_is_left_at_the_end(tmp_path):
     done = partial(tmp_path / "deeper" / "still", ids=[1])
     done.add({1: "a"})
     done.remove()
-    assert hidden(tmp_path / "deeper" / "still") == []
+    assert list((tmp_path / "deeper" / "still").iterdir()) == []
     done = partial(tmp_path, ids=[1])
     assert hidden(tmp_path) == [".partial-vqa_val-rank0.jsonl"]
     done.add({1: "a"})
     done.remove()
     assert hidden(tmp_path) == []
+
+
+def test_the_same_evaluation_by_another_process_is_refused_and_loses_nothing(tmp_path):
+    code = "import sys; from engine.partial_results import PartialResults\n"
+    code += "from pathlib import Path\nPartialResults(Path(sys.argv[1]), sys.argv[2], {}, [1])"
+
+    def started(name):
+        command = [sys.executable, "-c", code, str(tmp_path), name]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+
+    first = partial(tmp_path, ids=[1, 2])
+    first.add({1: "a"})
+    assert f"another evaluation of the same (process {os.getpid()} on " in started("vqa_val")
+    assert started("vqa_test") == ""
+    first.add({2: "b"})
+    assert partial(tmp_path, ids=[1, 2]).found == {1, 2}
+    first.remove()
+    assert "another evaluation" not in started("vqa_val")
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):

@@ -1,15 +1,32 @@
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from engine.errors import EngineError
+from engine.folder_lock import released_at_the_end
 from engine.run_folder import prepare_run_folder
 from tests.engine.test_checkpoint import save, small_backend
+from tests.helpers import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _released():
+    with released_at_the_end():
+        yield
+
+
+def content_of(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
     (tmp_path / ".writing-checkpoint-3").mkdir()
     (tmp_path / ".writing-checkpoint-3" / "model.pth").write_bytes(b"half")
     (tmp_path / ".writing-latest").write_text("checkpoint-3")
-    assert prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True) is None
+    with released_at_the_end():
+        assert prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,3 +60,61 @@ def test_a_torn_checkpoint_given_by_resume_is_refused(tmp_path):
         EngineError, match="cannot resume from .*checkpoint-0: training_state.pth has 4 bytes instead of"
     ):
         prepare_run_folder(tmp_path / "other", resume=str(folder), auto_resume=True, training=True)
+
+
+@pytest.mark.parametrize("flags", [("", True), ("latest", True), ("", False)])
+def test_a_folder_with_damaged_checkpoints_only_is_refused_and_stays_as_it_is(tmp_path, flags):
+    first, second = save(small_backend(), tmp_path), save(small_backend(), tmp_path, "checkpoint-best")
+    (first / "config.json").write_text("[]")
+    (second / "manifest.json").unlink()
+    (tmp_path / ".writing-checkpoint-1").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    before = content_of(tmp_path)
+    with pytest.raises(EngineError) as refused:
+        prepare_run_folder(tmp_path, resume=flags[0], auto_resume=flags[1], training=True)
+    assert str(refused.value) == (
+        f"{tmp_path} holds no sound checkpoint to go on from, only damaged ones ({second}: it has no manifest.json; "
+        f"{first}: config.json does not have its recorded checksum): remove them to start anew, or choose another "
+        "--output_dir"
+    )
+    assert content_of(tmp_path) == before
+
+
+def test_an_older_sound_checkpoint_is_gone_on_from_with_a_warning(tmp_path, capsys):
+    older, newer = save(small_backend(), tmp_path), save(small_backend(), tmp_path, "checkpoint-1", 2)
+    (newer / "config.json").write_text("[]")
+    assert prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True) == older
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: passed over a damaged checkpoint, {newer}: config.json does not have its recorded checksum"
+    )
+
+
+def test_a_checkpoint_that_was_set_aside_counts_as_sound(tmp_path):
+    folder = save(small_backend(), tmp_path, "checkpoint-best")
+    folder.rename(tmp_path / ".writing-old-checkpoint-best")
+    (save(small_backend(), tmp_path) / "model.pth").unlink()
+    assert prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True) == folder
+
+
+PREPARES = """
+import sys
+from pathlib import Path
+from engine.run_folder import prepare_run_folder
+prepare_run_folder(Path(sys.argv[1]), resume="", auto_resume=True, training=sys.argv[2] == "train")
+"""
+
+
+def test_a_folder_is_one_training_run_s_until_it_ends_but_an_evaluation_may_use_it(tmp_path):
+    def started(what):
+        command = [sys.executable, "-c", PREPARES, str(tmp_path), what]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+
+    with released_at_the_end():
+        prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True)
+        (tmp_path / ".writing-checkpoint-0").mkdir()  # which the first is about to write
+        assert f"writes into {tmp_path}: wait for it" in started("train")
+        assert (tmp_path / ".writing-checkpoint-0").is_dir()
+        assert started("evaluate") == ""
+        shutil.rmtree(tmp_path / ".writing-checkpoint-0")
+    assert started("train") == ""

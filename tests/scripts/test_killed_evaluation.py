@@ -85,8 +85,8 @@ def killed(tmp_path_factory):
     """The folder of one that was killed after three batches; to be copied."""
     folder = tmp_path_factory.mktemp("killed")
     kill(KILLED_AT, flags(folder))
-    assert hidden(folder) == [".partial-vqav2_val-rank0.jsonl"]
-    assert len(read_lines(folder / hidden(folder)[0])) == 1 + KILLED_AT
+    assert hidden(folder) == [".lock-vqav2_val", ".partial-vqav2_val-rank0.jsonl"]  # nobody holds the lock any more
+    assert len(read_lines(folder / hidden(folder)[1])) == 1 + KILLED_AT
     assert not any((folder / name).exists() for name in RESULTS)
     return folder
 
@@ -207,7 +207,7 @@ def _evaluate_each(rank: int, calls: list[list[str]], die: tuple[int, int] | Non
 def test_two_processes_of_which_one_is_killed_go_on_together_or_as_one(tmp_path, whole, monkeypatch):
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_in_processes(_evaluate_each, 2, [flags(tmp_path / "killed")], (1, 2))
-    assert len(hidden(tmp_path / "killed")) == 2
+    assert len(list((tmp_path / "killed").glob(".partial-*"))) == 2
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     run_in_processes(_evaluate_each, 2, [flags(tmp_path / "unbroken"), flags(tmp_path / "killed")])
     assert results(tmp_path / "killed") == results(tmp_path / "unbroken")

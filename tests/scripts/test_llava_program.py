@@ -15,10 +15,12 @@ from data.llava_conversation import TEMPLATES
 from engine.errors import EngineError
 from engine.weights import read_state_dict
 from models.lora import PEFT_PREFIX
+from scripts import llava_saving
 from scripts.llava_args import parse_args
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from scripts.llava_model import build_for_training
 from scripts.llava_resume import check_resume
+from tests.engine.test_folder_lock import Holder
 from tests.engines import assert_same_result, assert_sound
 from tests.helpers import run_in_processes
 from tests.nursery import Nursery
@@ -295,6 +297,61 @@ def test_every_template_has_a_version():
     from scripts.llava_args import VERSIONS
 
     assert set(VERSIONS) == set(TEMPLATES)
+
+
+# ---- the folder of a run ----
+
+
+def test_what_is_edited_in_the_result_is_no_damage_but_what_is_edited_in_the_checkpoint_ends_the_same_command(
+    tmp_path, capsys
+):
+    argv = train_flags(tmp_path, "--max_steps", 1)
+    program(*argv)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (tmp_path / name).open("r+b") as file:  # in place, as editors do
+            file.write(b"?")
+    capsys.readouterr()
+    program(*argv)
+    assert "done after 1 steps" in capsys.readouterr().err
+    assert_sound(tmp_path)
+    assert (
+        read_llava_folder(tmp_path, base=BASE, vision_tower=TOWER, dtype=torch.float32).adapter.r == 4
+    )  # the result is written anew
+    (tmp_path / "checkpoint-step1" / "adapter_config.json").write_text("{}")
+    before = tree(tmp_path)
+    with pytest.raises(EngineError, match="holds no sound checkpoint to go on from.*adapter_config.json has 2 bytes"):
+        program(*argv)
+    assert tree(tmp_path) == before
+
+
+def test_a_large_file_of_the_result_is_on_the_disk_once(tmp_path, monkeypatch):
+    checkpoint = trained_run() / "checkpoint-0"
+    size = (checkpoint / "adapter_model.safetensors").stat().st_size
+    monkeypatch.setattr(llava_saving, "MIN_LINKED_BYTES", size)
+    for _ in range(2):  # the second time over the first result
+        llava_saving.publish(checkpoint, tmp_path)
+    for name in PUBLISHED:
+        linked = (checkpoint / name).stat().st_size >= size
+        assert (tmp_path / name).samefile(checkpoint / name) == linked, name
+        assert (tmp_path / name).read_bytes() == (checkpoint / name).read_bytes()
+    assert (tmp_path / "adapter_model.safetensors").samefile(checkpoint / "adapter_model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PUBLISHED)
+
+
+def test_a_second_run_into_the_folder_of_one_under_way_is_refused_and_neither_is_disturbed(tmp_path):
+    argv = train_flags(tmp_path, "--max_steps", 1)
+    holder = Holder(tmp_path)
+    try:
+        before = tree(tmp_path)
+        with pytest.raises(EngineError, match=rf"another run \(process {holder.process.pid} on .*choose another"):
+            program(*argv)
+        assert tree(tmp_path) == before
+        program(*argv, "--dry_run")
+        assert tree(tmp_path) == before
+    finally:
+        holder.end()
+    program(*argv)  # the folder is free again
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- stops ----
