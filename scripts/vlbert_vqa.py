@@ -200,6 +200,9 @@ def train_and_val_loaders(
     asked = read_own_questions(args.val_file) if args.val_file else split_questions(args, held_out)
     records = records_of(args, asked, words, labelled=args.val_file or f"DATASET.VAL_IMAGE_SET {held_out}")
     say(f"validation: {len(records)} questions")
+    trained = {(question.image, question.text) for question in questions[: args.limit_samples]}
+    if seen := sum((question.image, question.text) in trained for question in asked[: args.limit_samples]):
+        say(f"warning: {seen} of the validation questions are trained on: the score says nothing about new ones")
     return train_loader, question_loader(args, records, num_answers, train=False, device=device)
 
 

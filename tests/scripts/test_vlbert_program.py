@@ -189,6 +189,15 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "dry run: two steps taken" in capsys.readouterr().err
 
 
+def test_validation_questions_that_are_trained_on_are_said(tmp_path, capsys):
+    program(*train_flags(tmp_path, "--dry_run", "--limit_samples", 1000))
+    assert "are trained on" not in capsys.readouterr().err
+    both = ("--set", "DATASET.TRAIN_IMAGE_SET=train2014+val2014")
+    program(*train_flags(tmp_path, "--dry_run", "--limit_samples", 1000, *both))
+    # 24 val images with six questions each
+    assert "warning: 144 of the validation questions are trained on" in capsys.readouterr().err
+
+
 def test_a_first_network_of_pretrained_weights_starts_both_branches_alike(tmp_path, capsys):
     weights = trained_run() / "checkpoint-best"
     argv = train_flags(
