@@ -5,10 +5,11 @@ the image path is relative to the data folder. Unlike in the VQA v2 index, answe
 both sides, and any number of people may have answered (``soft_score`` scales to ten).
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.files import check_relative, iterate_jsonl
@@ -18,6 +19,16 @@ from data.vqa_index import VQARecord, parse_index_line
 
 OWN_KEYS = {"image", "question", "answers", "question_id"}
 SCHEMA = '{"image": "photos/1.jpg", "question": "what is it?", "answers": ["dog"]}'
+ADVICE = f"write one line a question, such as {SCHEMA}"
+
+
+class OwnRow(NamedTuple):
+    """A line of one's own; ``answers`` None: it has none."""
+
+    image: str
+    question: str
+    answers: list[str] | None
+    question_id: int
 
 
 def read_vqa_file(
@@ -41,33 +52,22 @@ def read_vqa_file(
         DataError: a wrong key or type, an empty question, an id that stands twice, answers without a vocabulary; file
             and line are named. Also if ``drop_unlabelled`` leaves nothing.
     """
-    records: list[VQARecord] = []
-    line_of: dict[int, int] = {}
-    shared: dict[Any, Any] = {}
-    num_answers = None if vocabulary is None else len(vocabulary)
-    own_ids: bool | None = None
-    is_index: bool | None = None
-    for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
-        where = f"{path}:{number}"
-        if is_index is None:
-            is_index = "image_path" in row and "image" not in row
-        if is_index:
-            record = parse_index_line(row, shared, num_answers, tokenizer.vocab_size, lambda w=where: w)
-        else:
-            has_id = row.get("question_id") is not None
-            own_ids = has_id if own_ids is None else own_ids
-            if has_id != own_ids:
-                raise DataError(f"{where}: question_id must stand on every line or on none")
-            record = _own_record(row, number=len(line_of), where=where, tokenizer=tokenizer, vocabulary=vocabulary)
-        if record.question_id in line_of:
-            first = line_of[record.question_id]
-            raise DataError(f"{where}: question_id {record.question_id} stands on line {first} already; ids are unique")
-        line_of[record.question_id] = number
+    lines = iterate_jsonl(path, advice=ADVICE)
+    first = next(lines)
+    lines = itertools.chain([first], lines)
+    if "image_path" in first[1] and "image" not in first[1]:
+        found = _index_records(lines, path, tokenizer, vocabulary)
+    else:
+        own = own_rows((f"{path}:{number}", row) for number, row in lines)
+        found = (_own_record(row, where, tokenizer, vocabulary) for where, row in own)
+    records, num_questions = [], 0
+    for record in found:
+        num_questions += 1
         if record.labels or not drop_unlabelled:
             records.append(record)
     if not records:
         raise DataError(
-            f"{path}: none of the {len(line_of)} questions has an answer of the answer list: give the list that was "
+            f"{path}: none of the {num_questions} questions has an answer of the answer list: give the list that was "
             "built from these data"
         )
     return records
@@ -85,7 +85,7 @@ def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> Answer
     names = []
     for path in files:
         names.append(str(path))
-        for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
+        for number, row in iterate_jsonl(path, advice=ADVICE):
             where = f"{path}:{number}"
             if "image_path" in row:
                 raise DataError(f"{where}: an index line has labels, not answers: use its answer2label.txt")
@@ -119,26 +119,64 @@ def own_targets(answers: list[str], vocabulary: AnswerVocabulary) -> tuple[list[
     return list(counts), [soft_score(count, len(answers)) for count in counts.values()]
 
 
-def _own_record(
-    row: dict, *, number: int, where: str, tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None
-) -> VQARecord:
-    image, question, answers, question_id = check_own_row(row, where, number=number)
-    tokens = tokenizer.encode_filled(question, "question", where)
+def _index_records(
+    lines: Iterable[tuple[int, dict]],
+    path: str | Path,
+    tokenizer: XLMRTokenizer,
+    vocabulary: AnswerVocabulary | None,
+) -> Iterator[VQARecord]:
+    line_of: dict[int, int] = {}
+    shared: dict[Any, Any] = {}
+    num_answers = None if vocabulary is None else len(vocabulary)
+    for number, row in lines:
+        where = f"{path}:{number}"
+        record = parse_index_line(row, shared, num_answers, tokenizer.vocab_size, lambda w=where: w)
+        if line_of.setdefault(record.question_id, number) != number:
+            before = line_of[record.question_id]
+            raise DataError(
+                f"{where}: question_id {record.question_id} stands on line {before} already; ids are unique"
+            )
+        yield record
+
+
+def _own_record(row: OwnRow, where: str, tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None) -> VQARecord:
+    tokens = tokenizer.encode_filled(row.question, "question", where)
     labels: list[int] = []
     scores: list[float] = []
-    if answers:
+    if row.answers:
         if vocabulary is None:
             raise DataError(f"{where}: the line has answers, but there is no answer list to number them by")
-        labels, scores = own_targets(answers, vocabulary)
-    return VQARecord(image, tuple(tokens), tuple(labels), tuple(scores), question_id)
+        labels, scores = own_targets(row.answers, vocabulary)
+    return VQARecord(row.image, tuple(tokens), tuple(labels), tuple(scores), row.question_id)
 
 
-def check_own_row(row: dict, where: str, *, number: int) -> tuple[str, str, list[str] | None, int]:
-    """Image path, question, answers and question id of a line, checked; ``number`` is the id where it has none.
+def own_rows(lines: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, OwnRow]]:
+    """Rows of lines of one's own, each with what names its line; those without ids get running numbers from 0.
+
+    Args:
+        lines: (file and line, object), of one file or of several.
 
     Raises:
-        DataError: an unknown key, a wrong type or an empty text; ``where`` opens the message.
+        DataError: an unknown key, a wrong type, an empty text, ids on some lines only, or an id that stands twice; the
+            line is named.
     """
+    place_of: dict[int, str] = {}
+    have_ids: bool | None = None
+    for where, line in lines:
+        row = _checked(line, where, number=len(place_of))
+        has_id = line.get("question_id") is not None
+        have_ids = has_id if have_ids is None else have_ids
+        if has_id != have_ids:
+            raise DataError(f"{where}: question_id must stand on every line or on none")
+        if row.question_id in place_of:
+            before = place_of[row.question_id]
+            raise DataError(f"{where}: question_id {row.question_id} stands at {before} already; ids are unique")
+        place_of[row.question_id] = where
+        yield where, row
+
+
+def _checked(row: dict, where: str, *, number: int) -> OwnRow:
+    """A line; ``number`` is its id where it has none."""
     _check_keys(row, where)
     image = check_relative(row.get("image"), f'{where}: "image"')
     question = row.get("question")
@@ -147,7 +185,7 @@ def check_own_row(row: dict, where: str, *, number: int) -> tuple[str, str, list
     question_id = number if row.get("question_id") is None else row["question_id"]
     if type(question_id) is not int:
         raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")
-    return image, question, _answers(row, where), question_id
+    return OwnRow(image, question, _answers(row, where), question_id)
 
 
 def _check_keys(row: dict, where: str) -> None:

@@ -25,8 +25,7 @@ from data.errors import DataError
 from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, read_json
 from data.metrics.vizwiz import normalize_evalai, process_text
 from data.metrics.vqa import ten_choose_nine
-from data.own_vqa import SCHEMA as OWN_SCHEMA
-from data.own_vqa import check_own_row
+from data.own_vqa import ADVICE, own_rows
 
 UNANSWERABLE = "unanswerable"
 QuestionId = str | int  # LLaVA's own files of VizWiz number their questions, others name them
@@ -133,20 +132,11 @@ def read_own_rows(paths: Iterable[str | Path]) -> list[VizWizRow]:
     Raises:
         DataError: names file and line that is not of the schema of ``data/own_vqa.py``, or whose id another one has.
     """
-    rows: list[VizWizRow] = []
-    place_of: dict[int, str] = {}
-    have_ids: bool | None = None
-    for path in paths:
-        for number, line in iterate_jsonl(path, advice=f"write one line a question, such as {OWN_SCHEMA}"):
-            where = f"{path}:{number}"
-            image, question, answers, question_id = check_own_row(line, where, number=len(rows))
-            have_ids = (line.get("question_id") is not None) if have_ids is None else have_ids
-            if have_ids != (line.get("question_id") is not None):
-                raise DataError(f"{where}: question_id must stand on every line or on none")
-            if place_of.setdefault(question_id, where) != where:
-                raise DataError(f"{where}: question_id {question_id} stands at {place_of[question_id]}; ids are unique")
-            said = tuple(VizWizAnswer(answer) for answer in answers or ())
-            rows.append(VizWizRow(image, question, said, question_id=question_id))
+    lines = ((f"{path}:{number}", line) for path in paths for number, line in iterate_jsonl(path, advice=ADVICE))
+    rows = []
+    for _, row in own_rows(lines):
+        said = tuple(VizWizAnswer(answer) for answer in row.answers or ())
+        rows.append(VizWizRow(row.image, row.question, said, question_id=row.question_id))
     return rows
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from data.box_features import RegionSource, open_regions
 from data.errors import DataError
 from data.files import iterate_jsonl, read_json
-from data.own_vqa import SCHEMA, check_own_row, own_targets
+from data.own_vqa import ADVICE, own_rows, own_targets
 from data.tokenizers.wordpiece import WordPieceTokenizer, swap_sides
 from data.vlbert_answers import AnswerList
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE, check_answers, read_items
@@ -144,18 +144,15 @@ def read_own_questions(path: str | Path) -> list[Question]:
     Raises:
         DataError: a wrong key or type, or an image whose name does not end in a number; the line is named.
     """
-    questions, seen = [], set()
-    for number, row in iterate_jsonl(path, advice=f"write one line a question, such as {SCHEMA}"):
-        image, text, answers, question_id = check_own_row(row, f"{path}:{number}", number=len(questions))
+    questions = []
+    lines = ((f"{path}:{number}", line) for number, line in iterate_jsonl(path, advice=ADVICE))
+    for where, (image, text, answers, question_id) in own_rows(lines):
         digits = re.search(r"(\d+)$", Path(image).stem)
         if digits is None:
             raise DataError(
-                f"{path}:{number}: the name of {image} must end in a number, by which its regions are found, as in "
+                f"{where}: the name of {image} must end in a number, by which its regions are found, as in "
                 "photos/17.jpg"
             )
-        if question_id in seen:
-            raise DataError(f"{path}:{number}: question_id {question_id} stands twice; ids are unique")
-        seen.add(question_id)
         questions.append(Question(question_id, int(digits[1]), OWN, image, text, tuple(answers or ())))
     return questions
 

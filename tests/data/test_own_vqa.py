@@ -3,7 +3,7 @@ import json
 import pytest
 
 from data.errors import DataError
-from data.own_vqa import build_answer_list, read_vqa_file
+from data.own_vqa import build_answer_list, own_rows, read_vqa_file
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_index import VQARecord, read_vqa_index
@@ -135,12 +135,19 @@ def test_a_bad_own_line_is_named(tmp_path, tokenizer, vocabulary, changes, messa
 
 @pytest.mark.parametrize(
     ("question_id", "message"),
-    [(7, "question_id 7 stands on line 1 already"), ("8", "must be a whole number, got '8'"), (True, "whole number")],
+    [(7, r"question_id 7 stands at .*:1 already"), ("8", "must be a whole number, got '8'"), (True, "whole number")],
 )
 def test_a_bad_question_id_is_named(tmp_path, tokenizer, vocabulary, question_id, message):
     path = own_file(tmp_path, {**ROW, "question_id": 7}, {**ROW, "question_id": question_id})
     with pytest.raises(DataError, match="own.jsonl:2: " + ".*" + message):
         read_vqa_file(path, tokenizer, vocabulary)
+
+
+def test_a_file_given_twice_is_refused():
+    line = ("own.jsonl:1", {**ROW, "question_id": 7})
+    with pytest.raises(DataError, match="own.jsonl:1: question_id 7 stands at own.jsonl:1 already; ids are unique"):
+        list(own_rows([line, line]))
+    assert [row.question_id for _, row in own_rows([("a:1", ROW), ("b:1", ROW)])] == [0, 1]
 
 
 def test_answers_need_an_answer_list(tmp_path, tokenizer):

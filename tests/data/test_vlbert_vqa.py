@@ -179,6 +179,15 @@ def test_own_images_are_known_by_the_number_at_the_end_of_their_names(tmp_path):
     path.write_text('{"image": "photo.jpg", "question": "red?"}\n')
     with pytest.raises(DataError, match=r"own.jsonl:1: the name of photo.jpg must end in a number"):
         read_own_questions(path)
+    lines = [{"image": f"{number}.jpg", "question": "what?"} for number in range(2)]
+    for ids, message in (
+        ((7, 7), "question_id 7 stands at .*own.jsonl:1 already"),
+        ((7, None), "question_id must stand on every line or on none"),
+    ):
+        rows = [line | ({"question_id": i} if i else {}) for line, i in zip(lines, ids, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError, match=f"own.jsonl:2: {message}"):
+            read_own_questions(path)
 
 
 def test_every_answer_of_ones_own_list_is_found_again():

@@ -126,7 +126,7 @@ def test_annotations_of_ones_own_may_have_several_questions_about_an_image(tmp_p
         (
             [OWN[0], OWN[1] | {"question_id": 17}],
             (),
-            r"t\.jsonl:2: question_id 17 stands at .*t\.jsonl:1; ids are unique",
+            r"t\.jsonl:2: question_id 17 stands at .*t\.jsonl:1 already; ids are unique",
         ),
         ([OWN[0], {"image": "a.jpg", "question": "?", "answers": ["x"]}], (), r"t\.jsonl:2: question_id must stand on"),
         ([OWN[0] | {"image": "../a.jpg"}], (), r"t\.jsonl:1: \"image\": '\.\./a\.jpg' contains"),
