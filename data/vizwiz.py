@@ -5,8 +5,9 @@ Questions of one's own (``data/own_vqa.py``) become the same rows.
 Sources: the file formats of VizWiz-VQA; ``format_dataset_for_llava.py`` and ``format_result_for_submission.py`` of the
 course competition's LLaVA pipeline; LLaVA's ``convert_vizwiz_for_submission.py``.
 
-Deliberate differences: an answer that is empty once normalised, which nothing can be learnt from, gives way to the next
-one; an image name that does not end in .jpg is kept as it is.
+Deliberate differences: an answer of signs alone, such as an emoji, which the competition's normalisation leaves empty,
+is learnt as VizWiz's own writes it; one that is empty then too gives way to the next; an image name that does not end
+in .jpg is kept as it is.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, r
 from data.metrics.vizwiz import normalize_evalai, process_text
 from data.metrics.vqa import ten_choose_nine
 from data.own_vqa import ADVICE, own_rows
+from data.vqa_answers import normalize_official
 
 UNANSWERABLE = "unanswerable"
 QuestionId = str | int  # LLaVA's own files of VizWiz number their questions, others name them
@@ -286,7 +288,12 @@ def choose_answer(answers: Sequence[str], answer_choice: str = "mode") -> tuple[
     Returns:
         Normalised text, never empty, and whether it stands in for one that is.
     """
-    return _choose([process_text(answer, llava_fork=True) for answer in answers], answer_choice)
+    return _choose([_learnt(answer) for answer in answers], answer_choice)
+
+
+def _learnt(answer: str) -> str:
+    """The course's text of an answer; of signs alone, which it drops, VizWiz's own text, such as an emoji or ``$``."""
+    return process_text(answer, llava_fork=True) or normalize_official(answer)
 
 
 def _choose(normalized: Sequence[str], answer_choice: str) -> tuple[str, bool]:
@@ -311,7 +318,7 @@ def training_file(rows: Iterable[VizWizRow], options: ConversionOptions | None =
         answers = row.answers
         if options.drop_unsure_answers:
             answers = [answer for answer in answers if answer.confidence != "no"] or answers
-        normalized = [process_text(answer.text, llava_fork=True) for answer in answers]
+        normalized = [_learnt(answer.text) for answer in answers]
         text, is_replaced = _choose(normalized, options.answer_choice)
         num_replaced += is_replaced
         everybody = list(filter(None, normalized)) or [UNANSWERABLE]
@@ -333,16 +340,22 @@ def question_lines(rows: Iterable[VizWizRow], options: ConversionOptions | None 
 
 
 def read_results(path: str | Path) -> tuple[dict[QuestionId, str], int]:
+    """The texts of ``read_result_rows``."""
+    rows, num_broken = read_result_rows(path)
+    return {question_id: row["text"] for question_id, row in rows.items()}, num_broken
+
+
+def read_result_rows(path: str | Path) -> tuple[dict[QuestionId, dict[str, Any]], int]:
     """Read an answers file of LLaVA's evaluation (one JSON object a line).
 
     Returns:
-        Answer by question id, the last one if an id comes again; and the number of broken lines, which are skipped:
+        Line by question id, the last one if an id comes again; and the number of broken lines, which are skipped:
         a run that was stopped leaves one, and its question is asked again.
 
     Raises:
         DataError: no such file, or a line without ``question_id`` or ``text``.
     """
-    results: dict[QuestionId, str] = {}
+    results: dict[QuestionId, dict[str, Any]] = {}
     num_broken = 0
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -356,7 +369,8 @@ def read_results(path: str | Path) -> tuple[dict[QuestionId, str], int]:
             continue
         if type(values) is not dict:
             raise DataError(f'{path}:{number}: a line must be {{"question_id": …, "text": …}}, got {line!r:.120}')
-        results[_question_id(values, f"{path}:{number}")] = _text(values, "text", f"{path}:{number}")
+        _text(values, "text", f"{path}:{number}")
+        results[_question_id(values, f"{path}:{number}")] = values
     return results, num_broken
 
 

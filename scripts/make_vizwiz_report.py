@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import DataError
-from data.files import check_relative, open_atomic, parse_json, resolve_inside, write_json_atomic
+from data.files import check_relative, open_atomic, resolve_inside, write_json_atomic
 from scripts.arguments import OneLineParser, count, positive_int
 from scripts.program import run
 
@@ -194,22 +194,15 @@ def read_answers(path: Path, names: dict[str, str]) -> dict[str, Answer]:
     Raises:
         DataError: no such file, a line without ``question_id`` or ``text``, or no answer at all.
     """
-    from data.vizwiz import read_results
+    from data.vizwiz import read_result_rows
 
-    texts, num_broken = read_results(path)
-    if not texts:
+    rows, num_broken = read_result_rows(path)
+    if not rows:
         raise DataError(f"{path} has no answers: run the evaluation first")
     if num_broken:
         print(f"left out {num_broken} broken lines of {path}")
-    prompts: dict[str, str] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            values = parse_json(line, f"{path}:{number}")
-        except DataError:
-            continue  # counted above
-        prompts[str(values["question_id"])] = str(values.get("prompt", ""))
-    found = {str(question_id): text for question_id, text in texts.items()}
-    return {names.get(name, name): Answer(text, prompts[name]) for name, text in found.items()}
+    found = {str(name): Answer(row["text"], str(row.get("prompt", ""))) for name, row in rows.items()}
+    return {names.get(name, name): answer for name, answer in found.items()}
 
 
 def annotated_items(path: Path, folder: Path) -> list[Item]:
@@ -327,15 +320,12 @@ def score_table(
     if is_scored:
         results = [vizwiz_accuracy(predictions, answers, types) for predictions in columns.values()]
         per_column = [result.per_image for result in results]
-        names = {
-            name: [item.name for item in items if item.answer_type == name] for name in sorted(set(types.values()))
-        }
-        for group, name, members in (
-            ("overall", "all", list(answers)),
-            *(("answer type", name, members) for name, members in names.items()),
-        ):
-            scores = [sum(column[member] for member in members) / len(members) for column in per_column]
-            table.append({"name": name, "group": group, "count": len(members), "scores": scores})
+        means = [("overall", "all", [result.overall for result in results])]
+        for name in sorted(set(types.values())):
+            means.append(("answer type", name, [result.per_answer_type[name] for result in results]))
+        for group, name, columns_means in means:
+            scores = [mean.value for mean in columns_means]
+            table.append({"name": name, "group": group, "count": columns_means[0].count, "scores": scores})
     shares = [sum(map(is_unanswerable, column.values())) / len(items) for column in columns.values()]
     table.append({"name": "says unanswerable", "group": "share", "count": len(items), "scores": shares})
     return table, per_column

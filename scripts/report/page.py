@@ -137,6 +137,15 @@ def card_attributes(values: dict[str, str]) -> str:
     return "".join(f' data-{key}="{html.escape(value)}"' for key, value in values.items())
 
 
+def bar_html(text: str, share: float, note: str, *, is_hit: bool) -> str:
+    """One line of a list of answers: its words, a bar for a share from 0 to 1, a note; hits stand out."""
+    hit = ' class="hit"' if is_hit else ""
+    return (
+        f'<li{hit}><span>{html.escape(text)}</span><i style="--share:{100 * share:.1f}%"></i>'
+        f"<small>{html.escape(note)}</small></li>"
+    )
+
+
 def picture_html(image: str | bytes, image_bytes: int) -> str:
     """An image file (path, or its bytes) inside the page.
 

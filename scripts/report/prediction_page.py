@@ -8,6 +8,7 @@ from scripts.report.page import (
     MAX_BYTES,
     TableRow,
     assemble_page,
+    bar_html,
     card_attributes,
     controls_html,
     draw_cards,
@@ -16,6 +17,7 @@ from scripts.report.page import (
     summary_html,
 )
 
+SIGNS = {"right": "✓", "partly right": "≈", "wrong": "✗"}  # by verdict
 MAX_TOP = 5
 RIGHT_FROM = 0.85  # a score of 0.9 means that at least three of ten people said so
 
@@ -85,7 +87,7 @@ def verdict(score: float) -> str:
 
 def _controls(rows: list[Row]) -> str:
     counts = Counter(verdict(row["score"]) for row in rows)
-    verdicts = {name: counts[name] for name in ("right", "partly right", "wrong") if counts[name]}
+    verdicts = {name: counts[name] for name in SIGNS if counts[name]}
     types = select_html("type", "answer type", Counter(row["answer_type"] for row in rows))
     kinds = select_html("kind", "kind", Counter(row["kind"] for row in rows if row.get("kind")))
     return controls_html(verdicts, types + kinds, "questions and answers", len(rows))
@@ -94,7 +96,6 @@ def _controls(rows: list[Row]) -> str:
 def _card(row: Row, image_bytes: int) -> str:
     mark, top = verdict(row["score"]), list(row.get("top") or [])[:MAX_TOP]
     said = Counter(row["answers"])
-    sign = {"right": "✓", "partly right": "≈", "wrong": "✗"}[mark]
     score = f" {row['score']:.1f}" if mark == "partly right" else ""
     tags = [row["answer_type"], row.get("kind") or ""]
     texts = " ".join([row["question"], row["prediction"], row["truth"], *said, *(answer for answer, _ in top)]).lower()
@@ -106,7 +107,7 @@ def _card(row: Row, image_bytes: int) -> str:
     picture = picture_html(row["image"], image_bytes)
     return (
         f'<article class="{mark.split()[0]}"{data}>{picture}'
-        f'<div class="body"><p class="mark">{sign} {mark}{score}</p><h2>{html.escape(row["question"])}</h2>'
+        f'<div class="body"><p class="mark">{SIGNS[mark]} {mark}{score}</p><h2>{html.escape(row["question"])}</h2>'
         f'<ol>{bars}</ol><p class="truth said">{_people(row["truth"], said)}</p>'
         f'<p class="tags">{" · ".join(html.escape(tag) for tag in tags if tag)}</p></div></article>'
     )
@@ -118,10 +119,6 @@ def _people(truth: str, said: Counter[str]) -> str:
 
 
 def _bar(answer: str, share: float, is_good: bool) -> str:
-    width = 100 * min(max(share, 0.0), 1.0)
-    shown = f"{width:.0f} %" if width >= 1 or width == 0 else "<1 %"
-    hit = ' class="hit"' if is_good else ""
-    return (
-        f'<li{hit}><span>{html.escape(answer)}</span><i style="--share:{width:.1f}%"></i>'
-        f"<small>{html.escape(shown)}</small></li>"
-    )
+    share = min(max(share, 0.0), 1.0)
+    note = f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "<1 %"
+    return bar_html(answer, share, note, is_hit=is_good)

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypedDict
 from scripts.report.page import (
     TableRow,
     assemble_page,
+    bar_html,
     card_attributes,
     controls_html,
     draw_cards,
@@ -14,10 +15,9 @@ from scripts.report.page import (
     select_html,
     summary_html,
 )
-from scripts.report.prediction_page import verdict
+from scripts.report.prediction_page import SIGNS, verdict
 
 ANSWERED, UNANSWERABLE = "answered", "unanswerable"  # verdicts where there is no score
-_SIGNS = {"right": "✓", "partly right": "≈", "wrong": "✗"}
 
 
 class Said(NamedTuple):
@@ -92,7 +92,7 @@ def render_page(
     else:
         shown, note = draw_cards(ordered, max_cards, seed, "questions")
     counts = Counter(map(_verdict, shown))
-    verdicts = {name: counts[name] for name in (*_SIGNS, ANSWERED, UNANSWERABLE) if counts[name]}
+    verdicts = {name: counts[name] for name in (*SIGNS, ANSWERED, UNANSWERABLE) if counts[name]}
     types = select_html("type", "answer type", Counter(row["answer_type"] for row in shown if row.get("answer_type")))
     kinds = select_html("kind", "comparison", Counter(row["comparison"] for row in shown if row.get("comparison")))
     caption = "Accuracy of the course (people who agree / 3, one of ten left out) and shares, in %"
@@ -131,7 +131,11 @@ def _texts_html(texts: list[TextRow]) -> str:
 
 
 def _shown(answer: str) -> str:
-    return html.escape(answer) or "(no words)"
+    return html.escape(_words(answer))
+
+
+def _words(answer: str) -> str:
+    return answer or "(no words)"
 
 
 def _card(row: Row, other_name: str, image_bytes: int) -> str:
@@ -142,7 +146,7 @@ def _card(row: Row, other_name: str, image_bytes: int) -> str:
     data = card_attributes({**values, "text": texts.lower()})
     head, css = "", ""
     if "score" in row:
-        head = f'<p class="mark">{_SIGNS[mark]} {mark} {row["score"]:.1f}</p>'
+        head = f'<p class="mark">{SIGNS[mark]} {mark} {row["score"]:.1f}</p>'
         css = f' class="scored {mark.split()[0]}"'
     compared = ""
     if other is not None:
@@ -161,9 +165,4 @@ def _card(row: Row, other_name: str, image_bytes: int) -> str:
 
 
 def _bar(said: Said, total: int) -> str:
-    hit = ' class="hit"' if said.is_hit else ""
-    width = 100 * said.count / total
-    return (
-        f'<li{hit}><span>{_shown(said.text)}</span><i style="--share:{width:.1f}%"></i>'
-        f"<small>×{said.count}</small></li>"
-    )
+    return bar_html(_words(said.text), said.count / total, f"×{said.count}", is_hit=said.is_hit)

@@ -364,6 +364,9 @@ def test_the_soft_choice_counts_four_people_like_more():
 def test_an_empty_answer_gives_way_to_the_next_one_and_is_counted():
     assert choose_answer(["a", "...", "the", "x", "y", "y"]) == ("y", True)
     assert choose_answer(["a", "the"]) == ("unanswerable", True)
+    # signs alone are an answer all the same, and the score of VizWiz compares them
+    assert choose_answer(["👍", "...", "👍"]) == ("👍", False)
+    assert choose_answer(["$", "%", "yes!", "%"]) == ("%", False)
     converted = training_file([a_row(("a",), ("the",)), a_row(("x",)), a_row(("Unanswerable",))])
     assert (converted.num_replaced, converted.num_unanswerable, converted.num_distinct_answers) == (1, 2, 2)
 
