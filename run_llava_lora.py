@@ -24,7 +24,6 @@ import torch
 from engine import distributed
 from engine.backend import resolve_precision
 from engine.checkpoint import BEST, newest_name
-from engine.deepspeed_config import choose_stage
 from engine.errors import RunError
 from engine.failures import could_not_write
 from engine.folder_lock import released_at_the_end
@@ -45,6 +44,7 @@ from scripts.llava_saving import checkpoint_format, publish
 def main(argv: list[str] | None = None) -> None:
     """Start, build the model, train, put the result into the output folder."""
     args = parse_args(argv)
+    args.zero_stage = llava_training.zero_stage(args)
 
     # ---- 1. processes, device, seed ----
     device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
@@ -110,7 +110,6 @@ def train(
     )
     sizes = llava_training.parameter_counts(model)  # before a backend divides them
     weights = checkpoint_format(folder, args.mode)
-    args.zero_stage = choose_stage(None, args.deepspeed_file) if args.enable_deepspeed else 0
     backend, deepspeed_facts = build_backend(
         args, model, optimizer, device, dtype, args.deepspeed_file, weights=weights
     )

@@ -313,12 +313,6 @@ def _find_places(args: argparse.Namespace, data_is_made: bool) -> None:
         args.deepspeed_file = read_json(args.deepspeed, advice="give DeepSpeed's settings as --deepspeed")
         if not isinstance(args.deepspeed_file, dict):
             raise DataError(f"--deepspeed {args.deepspeed} must hold one JSON object")
-        zero = args.deepspeed_file.get("zero_optimization")
-        if args.val_annotations is not None and isinstance(zero, dict) and zero.get("stage") == 3:
-            raise DataError(
-                f"--deepspeed {args.deepspeed} is of stage 3, in which processes would wait for each other's longer "
-                "answers: take stage 2, or leave --val_annotations out and run scripts/model_vqa_loader.py afterwards"
-            )
     name = model.resolve().name
     suffix = {"lora": "finetune_lora", "projector": "pretrain", "full": "finetune"}[mode_of(args)]
     args.output_dir = args.output_dir or f"checkpoints/{name}-{suffix}"
@@ -343,7 +337,7 @@ def _fill_in_shared(args: argparse.Namespace) -> None:
     args.clip_grad = args.max_grad_norm or None
     args.resume = args.resume_from_checkpoint
     args.max_steps = None if args.max_steps == -1 else args.max_steps
-    args.enable_deepspeed, args.zero_stage = args.deepspeed is not None, None
+    args.enable_deepspeed, args.zero_stage = args.deepspeed is not None, 0  # the run script asks the file
     args.model_ema, args.initial_scale_power = False, 16
     args.finetune, args.eval = args.model_name_or_path, False
     if args.log_dir is None and args.report_to == "tensorboard":

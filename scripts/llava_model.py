@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from engine.deepspeed_config import choose_stage
 from engine.distributed import is_main
 from engine.log import say
 from models.errors import ModelError
@@ -35,7 +34,7 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         ModelError: it does not fit the flags.
     """
     in_16_bits = args.enable_deepspeed and dtype is not None
-    if args.enable_deepspeed and choose_stage(None, args.deepspeed_file) == 3:
+    if args.zero_stage == 3:
         say("note: at first every process holds the whole model on its device, until stage 3 has divided it")
     chosen = {key: getattr(args, key) for key in _PROJECTOR_KEYS if getattr(args, key) is not None}
     folder = read_llava_folder(
