@@ -2,8 +2,7 @@
 
 A turn is (who, text) with "human" or "gpt", as in LLaVA's data files; one format object per template replaces the
 original's global one. Labels are built from the tokens themselves: each token that begins inside an answer is learned.
-The original counts tokens of re-encoded parts instead, and masks a whole sample where the counts disagree; with
-``reference=True`` its rule is followed, whatever comes out.
+The original counts tokens of re-encoded parts instead, and masks a whole sample where the counts disagree.
 """
 
 from collections.abc import Sequence
@@ -41,9 +40,6 @@ class Template:
         first_question: the format of the first turn.
         question: the format of the human's later turns.
         answer: the format of gpt's turns; None: the template has prompts of questions only.
-        separator: where the original parts a round into question and answer.
-        shorter_later_rounds: the original counts one token less for later rounds of a non-legacy tokenizer, where the
-            lone round begins with a word-start mark and the real one does not.
         caption_only: learn the answer behind a bare image, whatever the question (the template of pre-training).
     """
 
@@ -51,8 +47,6 @@ class Template:
     first_question: TurnFormat = TurnFormat()
     question: TurnFormat = TurnFormat()
     answer: TurnFormat | None = None
-    separator: str = ""
-    shorter_later_rounds: bool = False
     caption_only: bool = False
 
 
@@ -67,8 +61,6 @@ def _vicuna(person: str) -> Template:
         first_question=question,
         question=question,
         answer=TurnFormat("ASSISTANT:", " ", EOS),
-        separator=" ASSISTANT: ",
-        shorter_later_rounds=True,
     )
 
 
@@ -87,7 +79,6 @@ TEMPLATES: dict[str, Template] = {
         first_question=TurnFormat(before=f"[INST] <<SYS>>\n{_LLAMA_2_SYSTEM}\n<</SYS>>\n\n", after=" [/INST]"),
         question=TurnFormat(before="<s>[INST] ", after=" [/INST]"),
         answer=TurnFormat(before=" ", after=f" {EOS}"),
-        separator="[/INST] ",
     ),
 }
 
@@ -128,7 +119,6 @@ def encode_conversation(
     *,
     has_image: bool,
     max_length: int,
-    reference: bool = False,
     where: str = "conversation",
 ) -> Encoded:
     """Ids of a conversation, and labels for its answers, each with the end token behind it.
@@ -142,12 +132,10 @@ def encode_conversation(
         template: one of ``TEMPLATES``.
         has_image: each turn's <image> is moved to its front and becomes an image; else <image> is plain text.
         max_length: most tokens of a sample.
-        reference: label as the original does, and so perhaps nothing.
         where: names the sample in messages.
 
     Raises:
-        DataError: if the turns are not human and gpt in turn, the template wants others, or no label is left (only
-            ``reference`` lets that pass).
+        DataError: if the turns are not human and gpt in turn, the template wants others, or no label is left.
     """
     turns = _checked_turns(turns, where)
     if has_image:
@@ -168,8 +156,6 @@ def encode_conversation(
         raise DataError(f"{where}: {error}") from None
     if not has_image:
         ids, places = ids[:max_length], places[:max_length]
-    if reference:
-        return Encoded(ids, _reference_labels(ids, prompt, tokenizer, template, has_image, max_length))
     labels = _labels(ids, places, written)
     if not any(role == GPT for role, _ in turns):
         raise DataError(
@@ -249,32 +235,4 @@ def _labels(ids: list[int], places: list[int], written: list[tuple[str, bool]]) 
                 labels[index] = ids[index]
             index += 1
         begin = end
-    return labels
-
-
-def _reference_labels(
-    ids: list[int], prompt: str, tokenizer: LlamaTokenizer, template: Template, has_image: bool, max_length: int
-) -> list[int]:
-    """The original's labels: lengths of rounds encoded alone, and nothing at all where they do not add up."""
-    encode = tokenizer.encode_with_images if has_image else tokenizer.encode
-    labels = list(ids)
-    if template.caption_only:
-        masked = len(encode(IMAGE_TOKEN))
-        labels[:masked] = [IGNORE_INDEX] * masked
-        return labels
-    done = 1  # <s>
-    labels[:done] = [IGNORE_INDEX]
-    for index, round_text in enumerate(prompt.split(EOS)):
-        parts = round_text.split(template.separator)
-        if not round_text or len(parts) != 2:
-            break
-        # a lone round's <s> stands for the </s> of the real sequence; the question alone also has a last lone mark
-        surplus = 1 if index and template.shorter_later_rounds and not tokenizer.legacy else 0
-        num_question = len(encode(parts[0] + template.separator)) - 2 - surplus
-        for place in range(done, min(done + num_question, len(labels))):
-            labels[place] = IGNORE_INDEX
-        done += len(encode(round_text)) - surplus
-    labels[done:] = [IGNORE_INDEX] * len(labels[done:])
-    if done < max_length and done != sum(token != tokenizer.pad_id for token in ids):
-        return [IGNORE_INDEX] * len(ids)
     return labels

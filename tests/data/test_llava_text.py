@@ -18,6 +18,7 @@ from data.llava_conversation import (
 )
 from data.tokenizers.llama import IMAGE_TOKEN_ID, LlamaTokenizer, num_bytes
 from tests.helpers import sent_to_a_process
+from tests.original_labels import encode_as_the_original
 from tests.parity.fixture_files import DEFAULT_FOLDER
 
 MODEL = DEFAULT_FOLDER / "llava_tiny" / "llava" / "tokenizer.model"
@@ -38,6 +39,10 @@ def folder(tmp_path):
 def encode(turns, tokenizer, template="v1", **settings):
     settings = {"has_image": True, "max_length": 2048, **settings}
     return encode_conversation(turns, tokenizer, TEMPLATES[template], **settings)
+
+
+def as_the_original(turns, tokenizer, template="v1"):
+    return encode_as_the_original(turns, tokenizer, TEMPLATES[template], has_image=True, max_length=2048)
 
 
 def spans(encoded):
@@ -175,13 +180,13 @@ def test_both_rules_agree_on_ordinary_conversations(tokenizer):
             picks = torch.randint(len(words), (2, 4), generator=generator).tolist()
             question, answer = (" ".join(words[pick] for pick in row) for row in picks)
             turns = [("human", "<image>\n" + question), ("gpt", answer)]
-            assert encode(turns, tokenizer, name) == encode(turns, tokenizer, name, reference=True)
+            assert encode(turns, tokenizer, name) == as_the_original(turns, tokenizer, name)
 
 
 def test_an_empty_answer_among_others_costs_only_itself(tokenizer):
     turns = [("human", "a"), ("gpt", "red"), ("human", "b"), ("gpt", "")]
     assert spans(encode(turns, tokenizer)) == [tokenizer.encode("red</s>", bos=False)]
-    assert spans(encode(turns, tokenizer, reference=True)) == []  # the original masks the whole sample
+    assert spans(as_the_original(turns, tokenizer)) == []  # the original masks the whole sample
 
 
 def test_an_image_in_an_answer_is_not_learned(tokenizer):

@@ -13,6 +13,7 @@ from data.llava_conversation import (
     move_image_token,
 )
 from data.tokenizers.llama import IMAGE_TOKEN_ID, LlamaTokenizer
+from tests.original_labels import encode_as_the_original
 from tests.parity.fixture_files import fixture_path, load_fixture
 
 LEGACY = {"legacy": True, "non_legacy": False}
@@ -117,7 +118,7 @@ def test_image_tokens_are_moved_as_recorded(recorded, runs):
 def test_reference_labels_equal_the_recorded_ones_masked_samples_included(recorded, runs):
     for tokenizer, outputs in runs:
         for name, turns, settings, expected in cases(recorded, outputs):
-            encoded = encode_conversation(turns, tokenizer, **settings, reference=True)
+            encoded = encode_as_the_original(turns, tokenizer, **settings)
             assert encoded.ids == expected["input_ids"], name
             assert encoded.labels == expected["labels"], name
             assert not (expected["mismatch_warning"] and learned(encoded.labels)), name
@@ -159,17 +160,9 @@ def test_what_the_original_refuses_is_an_error_that_names_the_place(runs):
         assert set(outputs["errors"]) == set(turns)
         for name, expected in outputs["errors"].items():
             assert expected["raises"]
-            for reference in (False, True):
-                with pytest.raises(DataError, match="train.json sample a1: turn 2 is from"):
-                    encode_conversation(
-                        turns[name],
-                        tokenizer,
-                        TEMPLATES["v1"],
-                        has_image=False,
-                        max_length=LONG,
-                        reference=reference,
-                        where="train.json sample a1",
-                    )
+            settings = {"has_image": False, "max_length": LONG, "where": "train.json sample a1"}
+            with pytest.raises(DataError, match="train.json sample a1: turn 2 is from"):
+                encode_conversation(turns[name], tokenizer, TEMPLATES["v1"], **settings)
 
 
 def test_batches_equal_the_recorded_ones(recorded, runs):
