@@ -6,7 +6,6 @@ Measured: logits at most 3.2e-7 of their largest value; answers equal.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +21,7 @@ from data.files import read_jsonl
 from data.llava_conversation import TEMPLATES, build_prompt
 from data.llava_images import LlavaTransform
 from data.tokenizers.llama import IMAGE_TOKEN_ID
-from engine.weights import read_state_dict
-from scripts import format_dataset_for_llava, make_tiny_llava, model_vqa_loader
+from scripts import export_adapter, format_dataset_for_llava, make_tiny_llava, model_vqa_loader
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from tests.parity.test_llava_model import assert_near
 
@@ -113,21 +111,6 @@ TEXT_KEYS = (
 )
 
 
-def adapted(peer: Any, adapter: Path) -> None:
-    """Put the adapter's files into transformers' model, in place: peft the decoder's part, the projector as it is."""
-    language = transformers.LlamaForCausalLM(peer.config.text_config)  # the kind of model that adapters are made for
-    language.model, language.lm_head = peer.model.language_model, peer.lm_head
-    found = peft.PeftModel.from_pretrained(language, adapter)
-    assert sum(".lora_A." in name for name, _ in peer.named_parameters()) == 7 * len(language.model.layers)
-    assert found.peft_config["default"].r == 8
-    trained = read_state_dict(adapter / "non_lora_trainables.bin")
-    projector = {name.rpartition("mm_projector.")[2]: value for name, value in trained.items()}
-    for number, layer in (("0", "linear_1"), ("2", "linear_2")):
-        getattr(peer.model.multi_modal_projector, layer).load_state_dict(
-            {part: projector[f"{number}.{part}"] for part in ("weight", "bias")}
-        )
-
-
 def inputs_of(demo: Demo, folder: LlavaFolder) -> list[tuple[Tensor, Tensor]]:
     """(1, T) ids with a place for the image, and its (1, 3, S, S) pixels, of each question."""
     found = []
@@ -169,12 +152,18 @@ def test_the_adapter_gives_the_same_answers_in_peft_and_transformers(demo, tmp_p
     frozen = demo.answers("--model-path", demo.base)
     for (ids, pixels), text in zip(asked, frozen, strict=True):
         assert answer(ids, pixels) == text
-    adapted(peer, demo.adapter)
+    exported = tmp_path / "exported"
+    export_adapter.main(["--model-path", str(demo.adapter), "--save-path", str(exported)])
+    peer = peft.PeftModel.from_pretrained(peer, exported).eval()
+    assert (
+        sum(".lora_A." in name for name, _ in peer.named_parameters()) == 7 * peer.config.text_config.num_hidden_layers
+    )
     tuned = demo.answers("--model-path", demo.adapter, "--model-base", demo.base)
     for (ids, pixels), text in zip(asked, tuned, strict=True):
         with torch.no_grad():
             assert_near(folder.model(ids, pixels, with_logits=True).logits, logits(ids, pixels))
         assert answer(ids, pixels) == text
+    assert demo.answers("--model-path", exported, "--model-base", demo.base) == tuned
     assert len(frozen) == NUM_QUESTIONS
     assert sum(before != after for before, after in zip(frozen, tuned, strict=True)) > NUM_QUESTIONS / 2
     assert len(set(tuned)) > 2
