@@ -107,10 +107,14 @@ def _blocks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-class LengthGroupedSampler(TrainBatchSampler):
-    """Micro-batches of one process, grouped by length and kind."""
+class ShuffledSampler(TrainBatchSampler):
+    """Micro-batches of one process in an order that looks at nothing."""
 
     FLAGS = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
+
+
+class LengthGroupedSampler(ShuffledSampler):
+    """Micro-batches of one process, grouped by length and kind."""
 
     def __init__(
         self,

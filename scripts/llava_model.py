@@ -52,7 +52,9 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         )
     for key, value in chosen.items():
         if folder.layout != PLAIN and folder.values.get(key) != value:
-            raise ModelError(f"--{key} {value}: {args.model_name_or_path} was trained with {folder.values.get(key)}")
+            raise ModelError(
+                f"--{key} {value}: {args.model_name_or_path} was trained with {folder.values.get(key)}: leave it out"
+            )
     folder = _with_settings(folder, args)
     if args.bits < 16:
         _quantize(folder, args, device)

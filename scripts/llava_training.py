@@ -18,7 +18,7 @@ from data.llava_conversation import IGNORE_INDEX, TEMPLATES, encode_conversation
 from data.llava_dataset import Conversation, LlavaDataset, read_conversations
 from data.llava_images import LlavaTransform
 from data.llava_questions import read_llava_questions
-from data.llava_sampler import LengthGroupedSampler
+from data.llava_sampler import LengthGroupedSampler, ShuffledSampler
 from data.loader import EvalLoader, TrainLoader
 from data.vizwiz import ANSWERS_KEY, VizWizRow, read_rows
 from engine import distributed
@@ -98,16 +98,15 @@ def train_loader(
         image_size=folder.vision.image_size,
         max_length=args.model_max_length,
     )
-    sampler = None
-    if args.group_by_modality_length:
-        sampler = LengthGroupedSampler(
-            dataset.lengths(),
-            args.batch_size,
-            accumulation_steps=args.update_freq,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            seed=args.seed,
-        )
+    grouped = args.group_by_modality_length
+    order = partial(LengthGroupedSampler, dataset.lengths()) if grouped else partial(ShuffledSampler, len(dataset))
+    sampler = order(
+        args.batch_size,
+        accumulation_steps=args.update_freq,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=args.seed,
+    )
     features = None
     if args.feature_cache:  # may take long: after all that can be wrong with the samples
         names = list(dict.fromkeys(sample.image for sample in samples if sample.image is not None))

@@ -39,7 +39,8 @@ class LlavaForCausalLM(nn.Module):
         super().__init__()
         if vision.hidden_size != config.mm_hidden_size:
             raise ModelError(
-                f"image features of width {vision.hidden_size}, mm_hidden_size says {config.mm_hidden_size}"
+                f"the image tower's features are {vision.hidden_size} wide, mm_hidden_size of the model's config says "
+                f"{config.mm_hidden_size}: give the tower that the model was trained with"
             )
         self.config, self.vision_config = config, vision
         self.model = LlamaModel(config.text)

@@ -93,7 +93,7 @@ def the_model_as_the_result(case):
     return case.train("--output_dir", case.model)
 
 
-@bad(r"--output_dir .* is --image_folder as well")
+@bad(r"--output_dir .* is --image_folder as well, which it would replace: give another folder")
 def the_images_as_the_result(case):
     return case.train("--image_folder", case.tmp, "--output_dir", case.tmp)
 
@@ -109,7 +109,10 @@ def a_missing_shard(case):
     return case.train()
 
 
-@bad(r"pytorch_model.bin.index.json .*model.layers.9.no.weight")
+@bad(
+    r"index\.json says that model\.layers\.9\.no\.weight is in pytorch_model-00001-of-00002\.bin, "
+    r"where it is not: download both again"
+)
 def an_index_that_names_an_absent_tensor(case):
     path = case.model / "pytorch_model.bin.index.json"
     index = json.loads(path.read_text())
@@ -118,7 +121,9 @@ def an_index_that_names_an_absent_tensor(case):
     return case.train()
 
 
-@bad(r"model.safetensors")
+@bad(
+    r"llava/model\.safetensors is not a sound safetensors file .*header too large.*: it is damaged .*; download or copy"
+)
 def a_corrupt_safetensors_header(case):
     for path in case.model.glob("pytorch_model*"):
         path.unlink()
@@ -126,14 +131,14 @@ def a_corrupt_safetensors_header(case):
     return case.train()
 
 
-@bad(r"pytorch_model-00001-of-00002.bin")
+@bad(r"00001-of-00002\.bin cannot be read as a checkpoint: it is cut off at 1000 bytes; download or copy it again")
 def a_torn_shard(case):
     path = case.model / "pytorch_model-00001-of-00002.bin"
     path.write_bytes(path.read_bytes()[:1000])
     return case.train()
 
 
-@bad(r"lacks \d+ weights, the first: model\.")
+@bad(r"llava lacks 24 weights, the first: model\.embed_tokens\.weight; download it again")
 def a_model_without_some_weights(case):
     for path in case.model.glob("pytorch_model*"):
         path.unlink()
@@ -148,23 +153,23 @@ def no_tower(case):
     return case.config(mm_vision_tower="openai/clip-of-nobody")
 
 
-@bad(r"image features of width \d+, mm_hidden_size says 999")
+@bad(r"features are 24 wide, mm_hidden_size of the model's config says 999: give the tower that the model was trained")
 def a_tower_of_another_width(case):
     return case.config(mm_hidden_size=999)
 
 
-@bad(r"config.json")
+@bad(r"llava/config\.json:1: not JSON \(.* at column 2\): the file is cut off, copy or download it again")
 def a_config_that_is_no_json(case):
     (case.model / "config.json").write_text("{")
     return case.train()
 
 
-@bad(r"config.json.*hidden_act")
+@bad(r"llava/config\.json: hidden_act 'gelu' is not implemented here, only 'silu'")
 def an_activation_that_is_not_offered(case):
     return case.config(hidden_act="gelu")
 
 
-@bad(r"tokenizer.model")
+@bad(r"no sentencepiece model at .*llava/tokenizer\.model \(.*\): give the folder of a LLaVA or Vicuna model")
 def no_tokenizer(case):
     (case.model / "tokenizer.model").unlink()
     return case.train()
@@ -178,12 +183,12 @@ def an_adapter_as_the_model(case):
     return case.train("--model_name_or_path", folder)
 
 
-@bad(r"--mm_projector_type linear: .* was trained with mlp2x_gelu")
+@bad(r"--mm_projector_type linear: .*llava was trained with mlp2x_gelu: leave it out")
 def another_projector_than_the_models(case):
     return case.train("--mm_projector_type", "linear")
 
 
-@bad(r"other.bin holds x, which is no weight of a projector")
+@bad(r"other\.bin holds x, which is no weight of a projector: give mm_projector\.bin")
 def a_projector_file_of_something_else(case):
     torch.save({"x": torch.zeros(2)}, case.tmp / "other.bin")
     return case.train("--pretrain_mm_mlp_adapter", case.tmp / "other.bin")
@@ -194,7 +199,7 @@ def a_checkpoint_of_another_rank(case):
     return case.resume("--lora_r", 8)
 
 
-@bad(r"is of another run \(--lora_alpha 800.0 instead of 8.0\)")
+@bad(r"is of another run \(--lora_alpha 800.0 instead of 8.0\): give the same flags, or another --output_dir")
 def a_checkpoint_of_another_scale(case):
     return case.resume("--lora_alpha", 800, "--lora_dropout", 0.5)
 
@@ -247,23 +252,23 @@ def no_training_file(case):
     return case.train("--data_path", case.tmp / "nothing.json")
 
 
-@bad(r"must hold a list of samples")
+@bad(r"train\.json must hold a list of samples, such as \[\{.id.: .*.conversations.:")
 def a_training_file_of_columns(case):
     case.samples({"image": {"0": "a.png"}})
     return case.train()
 
 
-@bad(r"sample 0 \(counted from 0\) has an image but no <image> in its text")
+@bad(r"sample 0 \(counted from 0\) has an image but no <image> in its text: mend the sample")
 def an_image_without_its_place(case):
     return case.say("What is this?", "a cup")
 
 
-@bad(r"sample 0 .* has <image> in 2 turns and one image")
+@bad(r"sample 0 .* has <image> in 2 turns and one image: keep it in one turn")
 def an_image_place_in_the_answer(case):
     return case.say("<image>\nWhat is this?", "an <image>")
 
 
-@bad(r"has <image> but no image")
+@bad(r"sample 0 \(counted from 0\) has <image> but no image: mend the sample")
 def a_place_without_an_image(case):
     return case.sample(image=None)
 
@@ -273,19 +278,22 @@ def an_image_that_is_not_there(case):
     return case.sample(image="gone.png")
 
 
-@bad(r"escape.png|\.\.")
+@bad(r"sample 0 .*: '\.\./escape\.png' contains '\.\.'; paths in data files must stay inside the data folder")
 def an_image_outside_its_folder(case):
     return case.sample(image="../escape.png")
 
 
-@bad(r"cannot read image .*broken.png")
+@bad(
+    r"sample \d \(s\d\): cannot read image .*broken\.png: it holds text, not an image; "
+    r"replace the file or remove its entry"
+)
 def an_image_that_is_none(case):
     (case.images / "broken.png").write_text("no image")
     case.samples([conversation(n, "a cup", "broken.png") for n in range(4)])
     return case.train()
 
 
-@bad(r"sample 0 \(s0\): no token of an answer .* so nothing can be learned")
+@bad(r"sample 0 \(s0\): no token of an answer .* so nothing can be learned: give answers that are not empty")
 def an_empty_answer(case):
     return case.say("<image>\nWhat is this?", "")
 
@@ -296,7 +304,7 @@ def an_answer_behind_the_longest_length(case):
     return case.train("--model_max_length", 12, "--version", "plain")
 
 
-@bad(r"sample 0 .*turn")
+@bad(r"sample 0 \(s0\): turn 2 is from 'human', must be from 'gpt', because the two take turns: mend the sample")
 def two_questions_in_a_row(case):
     turn = {"from": "human", "value": "<image>\nWhat?"}
     return case.sample(conversations=[turn, turn | {"value": "again?"}])
@@ -312,7 +320,7 @@ def fewer_samples_than_a_step(case):
     return case.train("--limit_samples", 3)
 
 
-@bad(r"questions.jsonl")
+@bad(r"no file .*questions\.jsonl: give --val_questions")
 def a_validation_without_questions(case):
     (case.tmp / "rows.json").write_text("[]")
     return case.train("--val_annotations", case.tmp / "rows.json", "--val_questions", case.tmp / "questions.jsonl")
@@ -341,37 +349,37 @@ def tiles(case):
     return case.train("--image_aspect_ratio", "anyres")
 
 
-@bad(r"--bits 4 is for frozen weights")
+@bad(r"--bits 4 is for frozen weights: train adapters, or leave it out")
 def four_bits_to_be_trained(case):
     return case.train("--bits", 4, "--lora_enable", "False")
 
 
-@bad(r"--bits 4 does not go with --deepspeed")
+@bad(r"--bits 4 does not go with --deepspeed: leave one of them out")
 def four_bits_under_deepspeed(case):
     return case.train("--bits", 4, "--deepspeed", "scripts/zero2.json")
 
 
-@bad(r"--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other")
+@bad(r"--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter contradict each other: leave one out")
 def a_projector_trained_and_frozen(case):
     return case.train("--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True")
 
 
-@bad(r"--unfreeze_mm_vision_tower goes with --lora_enable False")
+@bad(r"--unfreeze_mm_vision_tower goes with --lora_enable False: an adapter has no tower")
 def a_tower_beside_adapters(case):
     return case.train("--unfreeze_mm_vision_tower", "True")
 
 
-@bad(r"--fp16 needs a CUDA device")
+@bad(r"--fp16 needs a CUDA device: on the CPU leave it out")
 def float16_on_the_cpu(case):
     return case.train("--fp16", "True")
 
 
-@bad(r"zero9.json")
+@bad(r"no such file: .*zero9\.json: give DeepSpeed's settings as --deepspeed")
 def no_deepspeed_file(case):
     return case.train("--deepspeed", case.tmp / "zero9.json")
 
 
-@bad(r"zero3.json is of stage 3, .*take stage 2")
+@bad(r"zero3\.json is of stage 3, .*: take stage 2, or leave --val_annotations out")
 def a_validation_under_stage_3(case):
     from tests.scripts.test_llava_program import labelled_questions
 
@@ -398,12 +406,12 @@ def a_seed_that_no_generator_takes(case):
     return case.train("--seed", "99999999999999999999999")
 
 
-@bad(r"2 training samples do not fill one step of 4 .*lower the batch size or add data")
+@bad(r"2 training samples do not fill one step of 4 \(per_device_train_batch_size 2 x gradient_.*lower the batch size")
 def fewer_samples_than_a_step_in_any_order(case):
     return case.train("--limit_samples", 2, "--group_by_modality_length", "False")
 
 
-@bad(r"--resume .*: no checkpoint folder of a run there")
+@bad(r"--resume .*nothing: no checkpoint folder of a run there .*; give one, or 'latest'")
 def nothing_to_resume(case):
     return case.train("--resume_from_checkpoint", case.tmp / "nothing")
 
