@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.ema import ModelEMA
 from engine.errors import EngineError
+from engine.finite_weights import first_nonfinite
 from engine.log import say
 from engine.random_state import get_random_state, set_random_state
 from engine.weights import load_torch_file, read_state_dict
@@ -92,6 +93,10 @@ class Backend(Protocol):
 
     def unwrapped(self) -> nn.Module:
         """The model itself, without wrappers."""
+        ...
+
+    def nonfinite_weight(self) -> str | None:
+        """Name of the first trained weight that is not finite, None if all are; called on every process."""
         ...
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
@@ -259,6 +264,10 @@ class TorchBackend:
     def unwrapped(self) -> nn.Module:
         """The model without DDP."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def nonfinite_weight(self) -> str | None:
+        """Name of the first trained weight that is not finite on any process, None if all are."""
+        return first_nonfinite((name, p) for name, p in self.unwrapped().named_parameters() if p.requires_grad)
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Write the weights (original names), ``training_state.pth`` and ``model_ema.pth``."""

@@ -28,6 +28,7 @@ from engine import distributed
 from engine.backend import EMA_FILE, STATE_FILE, StepInfo, WeightsFormat, trained_names
 from engine.ema import ModelEMA
 from engine.errors import EngineError
+from engine.finite_weights import first_nonfinite
 from engine.log import say
 from engine.weights import load_torch_file, read_state_dict
 from engine.zero_files import RUN_FILE
@@ -225,6 +226,23 @@ class DeepSpeedBackend:
         for entry in self._whole_weights():
             if self.ema is not None:
                 self.ema.update_entries([entry])
+
+    def nonfinite_weight(self) -> str | None:
+        """Name of the first trained weight that is not finite on any process, None if all are.
+
+        In stage 3 each process looks at its own parts.
+        """
+        return first_nonfinite(
+            (n, self._own_part(p)) for n, p in self.unwrapped().named_parameters() if p.requires_grad
+        )
+
+    def _own_part(self, parameter: Tensor) -> Tensor:
+        if self._stage < 3 or not hasattr(parameter, "ds_tensor") or parameter.numel() == parameter.ds_numel:
+            return parameter
+        part = parameter.ds_tensor
+        # the parts are equally long: what the last ones have beyond the weight's end was never set
+        start = distributed.rank() * part.ds_numel
+        return part.data[: max(parameter.ds_numel - start, 0)]
 
     # ---- checkpoints ----
 

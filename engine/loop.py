@@ -95,7 +95,8 @@ def fit(
         The final position.
 
     Raises:
-        RunError: too many non-finite steps in a row, or a checkpoint could not be written.
+        RunError: too many non-finite steps in a row, weights that are no longer finite, or a checkpoint could not be
+            written.
         Stopped: SIGTERM, SIGINT or SIGUSR1 reached any process; what there was to save is saved.
     """
     if position is None:
@@ -360,6 +361,7 @@ class _Run:
     def _save(self, position: Position, *, best: bool = False) -> Path | None:
         if self.plan.output_dir is None:
             return None
+        self._require_finite_weights(position)
         name = BEST if best else _checkpoint_name(position)
         extra = {
             "position": asdict(position),
@@ -373,6 +375,20 @@ class _Run:
             self._newest = folder
             prune(self.plan.output_dir, self.plan.keep_checkpoints, newest=name)
         return folder
+
+    def _require_finite_weights(self, position: Position) -> None:
+        """A step may be too long though loss and gradients are finite: the weights are none to go on from."""
+        name = self.backend.nonfinite_weight()
+        if name is None:
+            return
+        newest = newest_name(self.plan.output_dir)
+        way = "start again" if newest is None else f"older checkpoints stand ({newest} is the newest): go on from there"
+        error = RunError(
+            f"after step {position.global_step} the weights are not finite (the first: {name}) and were not saved; "
+            f"{way} with a lower learning rate"
+        )
+        error.agreed = True
+        raise error
 
 
 def _checkpoint_name(position: Position) -> str:

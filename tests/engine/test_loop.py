@@ -10,6 +10,7 @@ from engine.backend import TorchBackend
 from engine.checkpoint import find_newest
 from engine.ema import ModelEMA
 from engine.errors import EngineError, RunError
+from engine.finite_weights import first_nonfinite
 from engine.log import RunLog
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_adamw, parameter_groups
@@ -335,6 +336,64 @@ def test_the_count_of_bad_steps_goes_on_over_intervals_and_starts_again_after_a_
     train(tmp_path / "apart", loss=nan_at(0, 1, 3, 4, 6, 7), log_every=1, max_nonfinite=3)
     with pytest.raises(RunError, match="3 steps in a row"):
         train(tmp_path / "together", loss=nan_at(3, 4, 5), log_every=2, max_nonfinite=3)
+
+
+@pytest.mark.parametrize("step", [3, 11])
+def test_weights_that_are_no_longer_finite_are_not_saved_and_older_checkpoints_stand(tmp_path, step):
+    plan = RunPlan(epochs=3, output_dir=tmp_path, log_every=1)
+    engine = backend()
+    with pytest.raises(
+        RunError, match=rf"after step {step + 1} the weights are not finite \(the first: 0.weight\)"
+    ) as e:
+        # the loss of the step itself is finite
+        fit(engine, Numbers(), loss_fn, lambda now: 1e39 if now == step else 0.1, plan, RunLog(tmp_path))
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "metrics.jsonl"))
+    names = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
+    if step == 3:
+        assert names == []
+        assert str(e.value).endswith("and were not saved; start again with a lower learning rate")
+    else:
+        assert names == ["checkpoint-0", "checkpoint-1"]
+        assert "older checkpoints stand (checkpoint-1 is the newest): go on from there with a lower" in str(e.value)
+        _, position, _ = train(tmp_path, resume_from=tmp_path / "checkpoint-1")
+        assert position.global_step == 12
+
+
+def test_every_kind_of_number_is_looked_at_and_the_first_weight_is_named():
+    large = torch.full((3,), 3e38)  # its sum of squares is not finite
+    entries = {
+        "empty": torch.empty(0),
+        "large": large,
+        "half": torch.full((2, 2), 6e4, dtype=torch.float16),
+        "bfloat": torch.ones(2, dtype=torch.bfloat16),
+        "whole": torch.ones(2, dtype=torch.int8),
+        "scalar": torch.tensor(1.0),
+    }
+    assert first_nonfinite(entries.items()) is None
+    for name in reversed(["large", "half", "bfloat", "scalar"]):
+        for bad in (math.nan, -math.inf):
+            entries[name].view(-1)[-1] = bad
+            assert first_nonfinite(entries.items()) == name
+    assert first_nonfinite([]) is None
+
+
+def test_frozen_weights_are_not_looked_at():
+    engine = backend()
+    first = engine.unwrapped()[0].weight
+    first.requires_grad_(False).fill_(math.nan)
+    assert engine.nonfinite_weight() is None
+
+
+def _one_rank_with_a_bad_weight(rank: int) -> None:
+    engine = backend()
+    assert engine.nonfinite_weight() is None
+    if rank == 1:
+        engine.unwrapped()[2].bias.data.fill_(math.nan)
+    assert engine.nonfinite_weight() == "2.bias"
+
+
+def test_a_bad_weight_of_one_process_is_named_by_all():
+    run_in_processes(_one_rank_with_a_bad_weight, 2)
 
 
 def _one_bad_rank(rank: int, folder: str) -> None:

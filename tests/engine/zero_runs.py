@@ -182,10 +182,33 @@ def compare_and_poison(rank: int, folder: str) -> None:
             "prediction": predict(backend, batches[0]),
         }
         run["poisoned"] = [_poison(backend, batches, rank, place, kind) for place, kind in enumerate(("nan", "inf"))]
+        run["nonfinite"] = _spoil_weights(backend, rank)
+        train(backend, batches[:2], lr=1e39)
+        run["blown_up"] = backend.nonfinite_weight()
         run = distributed.gather_objects(run)
         found[f"{stage}-{name}"] = run
     if rank == 0:
         torch.save(found, Path(folder) / "found.pth")
+
+
+def _spoil_weights(backend: Any, rank: int) -> dict[str, str | None]:
+    """What is found with sound weights, with one number of a weight spoilt on one rank, with spoilt padding."""
+    answers = {"sound": backend.nonfinite_weight()}
+    parameters = dict(backend.unwrapped().named_parameters())
+    for name in ("beit3.encoder.layers.1.ffn.B.fc2.bias", "head.3.weight"):
+        held = getattr(parameters[name], "ds_tensor", parameters[name])
+        if parameters[name].numel():  # whole between steps
+            held = parameters[name]
+        number = held.data.view(-1)[0].clone()
+        if rank == 1:
+            held.data.view(-1)[0] = math.inf
+        answers[name] = backend.nonfinite_weight()
+        held.data.view(-1)[0] = number
+    for parameter in parameters.values():  # what is beyond the end of a divided weight belongs to nobody
+        if hasattr(parameter, "ds_tensor") and rank == 1:
+            parameter.ds_tensor.data[max(parameter.ds_numel - parameter.ds_tensor.ds_numel, 0) :] = math.nan
+    answers["padding"] = backend.nonfinite_weight()
+    return answers
 
 
 def _poison(backend: Any, batches: list[dict[str, Tensor]], rank: int, place: int, kind: str) -> dict[str, Any]:

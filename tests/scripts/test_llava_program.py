@@ -12,7 +12,7 @@ from torch import Tensor
 import run_llava_lora
 from data.errors import DataError
 from data.llava_conversation import TEMPLATES
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
 from engine.weights import read_state_dict
 from models.lora import PEFT_PREFIX
 from scripts import llava_saving, llava_training
@@ -353,6 +353,14 @@ def test_a_second_run_into_the_folder_of_one_under_way_is_refused_and_neither_is
         holder.end()
     program(*argv)  # the folder is free again
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_rate_that_ends_in_weights_without_a_finite_value_saves_nothing_and_leaves_with_1(tmp_path, capsys):
+    argv = train_flags(tmp_path, "--learning_rate", "1e38", "--warmup_ratio", 0, "--max_steps", 1)
+    with pytest.raises(RunError, match=r"after step 1 the weights are not finite \(the first: .*lora_.*lower learning"):
+        program(*argv)
+    assert "loss nan" not in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 # ---- stops ----
