@@ -36,7 +36,7 @@ from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
 from scripts.llava_model import build_for_training
 from scripts.llava_optim import llava_parameter_groups, llava_schedule
-from scripts.llava_resume import DATA_FILE, check_resume, describe_data
+from scripts.llava_resume import DATA_FILE, check_data, check_resume, describe_data
 from scripts.llava_saving import checkpoint_format, publish
 
 
@@ -63,9 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- 2. data, base, adapters ----
     samples = llava_training.read_samples(args)
     args.training_data = describe_data(samples, args)
+    if resume_from is not None:
+        check_data(resume_from, args)
     folder = build_for_training(args, dtype, device)
     if resume_from is not None:
-        check_resume(resume_from, folder, args, args.training_data)
+        check_resume(resume_from, folder, args)
     validate, val_loader = llava_training.validation(args, folder, device=device, dtype=dtype)
     train_loader = llava_training.train_loader(args, folder, samples, device=device, dtype=dtype)
     torch.manual_seed(args.seed + distributed.rank())

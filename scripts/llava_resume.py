@@ -39,38 +39,49 @@ def describe_data(samples: Sequence[Conversation], args: argparse.Namespace) -> 
     return {"samples": len(samples), "version": args.version, "sha256": digest.hexdigest()}
 
 
-def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace, data: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model or other data, and say which other settings differ; all call it together.
+def check_data(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Refuse a checkpoint of other data or another template than ``args.training_data``; all call it together.
 
-    Whoever asks for the checkpoint by ``--resume_from_checkpoint`` is taken at his word about the data, with a warning.
+    Whoever asks for the checkpoint by ``--resume_from_checkpoint`` is taken at their word, with a warning.
+
+    Raises:
+        DataError: it was trained on others.
+    """
+    distributed.on_main(lambda: _check_data(checkpoint, args))
+
+
+def _check_data(checkpoint: Path, args: argparse.Namespace) -> None:
+    other = _other_data(checkpoint, args)
+    if other and not args.resume:
+        raise DataError(
+            f"{checkpoint} was trained on {other}: give the same data, or another --output_dir to train anew; "
+            "--resume_from_checkpoint latest goes on with the new data"
+        )
+    if other:
+        say(f"warning: goes on from {checkpoint}, which was trained on {other}")
+
+
+def check_resume(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
+    """Refuse a checkpoint of another model, and say which other settings differ; all processes call it together.
 
     Args:
         checkpoint: to go on from.
         folder: of this run, as ``build_for_training`` made it.
         args: of this run.
-        data: of this run, from ``describe_data``.
 
     Raises:
-        DataError: it was trained on another base, with another rank, scale, projector, other parts of the model, other
-            data or another template.
+        DataError: it was trained on another base, with another rank, scale, projector, or other parts of the model.
         ModelError: its adapter is of a kind that no run of ours writes.
     """
-    distributed.on_main(lambda: _check(checkpoint, folder, args, data))
+    distributed.on_main(lambda: _check(checkpoint, folder, args))
 
 
-def _check(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace, data: dict[str, Any]) -> None:
+def _check(checkpoint: Path, folder: LlavaFolder, args: argparse.Namespace) -> None:
     differences = _differences(checkpoint, folder, args)
     if differences:
         raise DataError(
             f"{checkpoint} is of another run ({'; '.join(differences)}): give the same flags, or another --output_dir"
         )
-    if other := _other_data(checkpoint, args, data):
-        if not args.resume:
-            raise DataError(
-                f"{checkpoint} was trained on {other}: give the same data, or another --output_dir to train anew; "
-                "--resume_from_checkpoint latest goes on with the new data"
-            )
-        say(f"warning: goes on from {checkpoint}, which was trained on {other}")
     _say_other_settings(checkpoint.parent / "run.json", args)
 
 
@@ -111,11 +122,11 @@ def _other_backend(checkpoint: Path, args: argparse.Namespace) -> list[str]:
     return ["no --deepspeed, with which it was trained"]
 
 
-def _other_data(checkpoint: Path, args: argparse.Namespace, data: dict[str, Any]) -> str:
+def _other_data(checkpoint: Path, args: argparse.Namespace) -> str:
     """How the data of a checkpoint differ from this run's; empty if they do not, or if it does not tell."""
     if not (checkpoint / DATA_FILE).is_file():
         return ""
-    before = read_object(checkpoint / DATA_FILE)
+    before, data = read_object(checkpoint / DATA_FILE), args.training_data
     if before.get("sha256") != data["sha256"]:
         which = f"{before.get('samples')} samples, this file has {data['samples']}"
         if before.get("samples") == data["samples"]:

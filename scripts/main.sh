@@ -7,7 +7,7 @@
 #   MODEL=checkpoints/llava-v1.5-13b NPROC_PER_NODE=8 bash scripts/main.sh --deepspeed scripts/zero3.json
 #
 # Flags are passed on to run_llava_lora.py, whose defaults are the recipe; the same command again goes on where it was
-# stopped. Variables and their defaults:
+# stopped; with --dry_run it ends after the dry run of the training. Variables and their defaults:
 #   MODEL            checkpoints/llava-v1.5-7b, the folder of the model; CLIP's lies beside it (docs/llava.md)
 #   DATA_PATH        data: train.json, valid.json, train/, valid/ of the course, or VizWiz's train, val and test
 #   FORMAT_FLAGS     none; such as "--vizwiz_prompt --hold_out 0.05" (scripts/format_dataset_for_llava.py)
@@ -73,6 +73,10 @@ else
     # shellcheck disable=SC2086
     run "$PYTHON" "${here}scripts/format_dataset_for_llava.py" --data_path "$data" ${FORMAT_FLAGS:-}
     (launch run_llava_lora.py scripts.llava_args "${training[@]}" "$@")
+    if [[ " $* " == *" --dry_run "* ]]; then
+        echo "dry run: nothing was trained, so nothing is answered"
+        exit
+    fi
     if [[ -n ${MERGED_DIR:-} ]]; then
         run "$PYTHON" "${here}scripts/merge_lora_weights.py" --model-path "$output" --model-base "$model" \
             --save-model-path "$MERGED_DIR" --overwrite

@@ -416,7 +416,7 @@ def test_a_run_without_deepspeed_does_not_go_on_with_it(tmp_path):
     flags = ("--deepspeed", "scripts/zero2.json")
     args = parse_args(train_flags(tmp_path / "none", *flags))
     with pytest.raises(DataError, match=r"of another run \(--deepspeed, which it was trained without\): give the same"):
-        check_resume(trained_run() / "checkpoint-0", start_of(tmp_path, *flags), args, {})
+        check_resume(trained_run() / "checkpoint-0", start_of(tmp_path, *flags), args)
 
 
 def test_the_same_data_in_another_file_is_the_same(tmp_path, capsys):

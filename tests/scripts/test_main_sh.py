@@ -139,6 +139,15 @@ def test_a_mistake_is_one_line_before_anything_is_written(workplace, tmp_path, s
     assert not (tmp_path / TRAIN_FILE).exists()
 
 
+def test_a_dry_run_answers_nothing(workplace, tmp_path):
+    for name in ("data", "llava", "clip"):
+        shutil.copytree(workplace / name, tmp_path / name)
+    done = shell(f"MODEL=llava source {shlex.quote(str(SCRIPT))} {shlex.join(SMALL)} --dry_run; echo code $?", tmp_path)
+    assert done.stdout.endswith("dry run: nothing was trained, so nothing is answered\ncode 0\n"), done.stderr
+    assert "two steps taken, nothing written" in done.stderr
+    assert not [name for name in ("checkpoints", "eval", "submission.npy") if (tmp_path / name).exists()]
+
+
 def test_help_is_its_head_and_nothing_runs(tmp_path):
     done = shell(f"source {shlex.quote(str(SCRIPT))} --help", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
