@@ -27,7 +27,7 @@ from engine.checkpoint import BEST, newest_name
 from engine.errors import RunError
 from engine.failures import could_not_write
 from engine.folder_lock import released_at_the_end
-from engine.log import RunLog, predicted_time, say
+from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.run_folder import prepare_run_folder
@@ -138,11 +138,12 @@ def train(
         save_every_epochs=0 if args.save_strategy == "no" else 1,
         save_every_steps=args.save_steps if args.save_strategy == "steps" else 0,
         keep_checkpoints=args.save_total_limit,
-        max_steps=2 if args.dry_run else min(total_steps, args.max_steps or total_steps),
-        log_every=1 if args.dry_run else args.logging_steps,
+        max_steps=min(total_steps, args.max_steps or total_steps),
+        log_every=args.logging_steps,
         max_nonfinite=args.max_nonfinite,
         best_metric=llava_training.BEST_METRIC,
         checkpoint_files={DATA_FILE: json.dumps(args.training_data).encode()},
+        dry_run=args.dry_run,
     )
 
     # ---- 7. train ----
@@ -157,10 +158,7 @@ def train(
         val_loader=val_loader,
         position=position,
     )
-    if args.dry_run:
-        say(predicted_time(total_steps, log.seconds_per_step, device))
-        say("dry run: two steps taken, nothing written")
-    else:
+    if not args.dry_run:
         best = "" if position.best is None else f"; best validation accuracy {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}")
     return position.global_step

@@ -33,7 +33,7 @@ from engine.checkpoint import BEST
 from engine.deepspeed_config import choose_stage
 from engine.errors import EngineError
 from engine.folder_lock import released_at_the_end
-from engine.log import RunLog, predicted_time, say
+from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.run_folder import prepare_run_folder
@@ -151,11 +151,12 @@ def train(
         save_every_epochs=1 if args.save_ckpt else 0,
         save_every_steps=args.save_ckpt_steps if args.save_ckpt else 0,
         keep_checkpoints=args.keep_ckpts,
-        max_steps=2 if args.dry_run else args.stop_after or args.max_steps,
-        log_every=1 if args.dry_run else args.log_every,
+        max_steps=args.stop_after or args.max_steps,
+        log_every=args.log_every,
         max_nonfinite=args.max_nonfinite,
         best_metric=vle_vqa.BEST_METRIC,
         checkpoint_files=folder_files(folder, answers),
+        dry_run=args.dry_run,
     )
 
     # ---- 7. train ----
@@ -173,10 +174,7 @@ def train(
         val_loader=val_loader,
         position=position,
     )
-    if args.dry_run:
-        say(predicted_time(total_steps, log.seconds_per_step, device))
-        say("dry run: two steps taken, nothing written")
-    else:
+    if not args.dry_run:
         best = "" if position.best is None else f"; best validation score {position.best:.2f}"
         say(f"done after {position.global_step} steps{best}; results in {output_dir}")
 

@@ -36,14 +36,6 @@ def peak_mib(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def predicted_time(num_steps: int, seconds_per_step: float | None, device: torch.device) -> str:
-    """One line: how long a run of ``num_steps`` would train (validation comes on top), and its peak memory so far."""
-    if seconds_per_step is None:
-        return f"predicted: nothing, no step was taken; peak {peak_mib(device):.0f} MiB"
-    total = timedelta(seconds=round(num_steps * seconds_per_step))
-    return f"predicted: {num_steps} steps x {seconds_per_step:.3g} s = {total} per run, peak {peak_mib(device):.0f} MiB"
-
-
 class RunLog:
     """Writes ``run.json``, ``log.txt`` (one object per epoch), ``metrics.jsonl`` (one per interval), TensorBoard.
 

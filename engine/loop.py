@@ -1,9 +1,11 @@
 """The one training loop: epochs, accumulation windows, the schedule, checkpoints, validation, logging."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from engine.backend import Backend
 from engine.checkpoint import BEST, amend_checkpoint, load_checkpoint, newest_name, prune, save_checkpoint
 from engine.errors import RunError, Stopped
 from engine.evaluation import to_device
+from engine.forecast import StepMemory, describe_forecast
 from engine.log import RunLog, peak_mib, say
 from engine.schedule import Schedule
 from engine.step_window import StepRecord, StepWindow, add_finite, means_of
@@ -62,6 +65,7 @@ class RunPlan:
     log_every: int = 10
     max_nonfinite: int = 10
     checkpoint_files: dict[str, bytes] = field(default_factory=dict)
+    dry_run: bool = False  # two steps, nothing written or validated, and word of what the whole run would take
 
 
 def fit(
@@ -99,6 +103,8 @@ def fit(
             written.
         Stopped: SIGTERM, SIGINT or SIGUSR1 reached any process; what there was to save is saved.
     """
+    if plan.dry_run:
+        return _try_two_steps(_Run(backend, loader, loss_fn, schedule, part_schedules or {}, plan, log, None, None))
     if position is None:
         position = Position()
         log.set_aside()
@@ -117,6 +123,36 @@ def fit(
                 run.end_epoch(position)
     finally:
         log.close()
+    return position
+
+
+def _try_two_steps(run: "_Run") -> Position:
+    """A dry run: the first step is looked at for its memory, which slows it, the second one for its time."""
+    plan, loader = run.plan, run.loader
+    total_steps = min(plan.epochs * loader.steps_per_epoch, plan.max_steps or sys.maxsize)
+    run.plan = replace(plan, output_dir=None, max_steps=min(2, total_steps), log_every=1)
+    modules = run.backend.unwrapped().modules()
+    if not any(module._compiled_call_impl for module in modules):  # operators of compiled code are not to be seen
+        run.memory = StepMemory(run.backend.optimizer, run.backend.device)
+    position = Position()
+    try:
+        with stop.listening():
+            while not run.at_limit(position):
+                run.train_epoch(position)
+                if position.step_in_epoch == loader.steps_per_epoch:
+                    position.epoch, position.step_in_epoch = position.epoch + 1, 0
+    finally:
+        run.log.close()
+    say(
+        describe_forecast(
+            seconds_per_step=run.log.seconds_per_step,
+            steps_per_epoch=loader.steps_per_epoch,
+            total_steps=total_steps,
+            memory=run.memory,
+            device=run.backend.device,
+        )
+    )
+    say(f"dry run: {'two steps' if position.global_step == 2 else 'one step'} taken, nothing written")
     return position
 
 
@@ -173,6 +209,7 @@ class _Run:
         self._num_trainable = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
         self._newest: Path | None = None  # the checkpoint of this very position, once it is written
         self._resumed = False  # until the first step
+        self.memory: StepMemory | None = None  # counts the first step of a dry run
         self._signal = 0  # the one by which the run was asked to stop
 
     def find_checkpoint(self, position: Position) -> None:
@@ -196,7 +233,8 @@ class _Run:
         window = StepWindow()
         batches = self.loader.batches(position.epoch, position.step_in_epoch)
         while position.step_in_epoch < self.loader.steps_per_epoch and not self.at_limit(position):
-            self._take_step(position, batches, window)
+            with self.memory if self.memory and position.global_step == 0 else nullcontext():
+                self._take_step(position, batches, window)
             self._newest = None
             position.step_in_epoch += 1
             position.global_step += 1

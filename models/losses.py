@@ -37,8 +37,9 @@ def chunked_cross_entropy(
     Returns:
         A scalar; NaN if no place is labelled.
     """
-    wanted = labels != IGNORED
-    rows, targets = hidden[wanted], labels[wanted]
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    wanted = (labels != IGNORED).nonzero().squeeze(1)  # waits for the device, once
+    rows, targets = hidden.index_select(0, wanted), labels.index_select(0, wanted)
 
     def part(rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(rows).float(), targets, reduction="sum")

@@ -34,7 +34,7 @@ from engine import distributed, stop
 from engine.backend import TorchBackend, resolve_precision
 from engine.checkpoint import BEST, newest_name
 from engine.folder_lock import released_at_the_end
-from engine.log import RunLog, predicted_time, say
+from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.run_folder import prepare_run_folder
@@ -148,11 +148,12 @@ def train(
         output_dir=run_dir,
         save_every_steps=args.save_ckpt_steps,
         keep_checkpoints=args.keep_ckpts,
-        max_steps=2 if args.dry_run else args.max_steps,
-        log_every=1 if args.dry_run else args.log_every,
+        max_steps=args.max_steps,
+        log_every=args.log_every,
         max_nonfinite=args.max_nonfinite,
         best_metric=baseline_vqa.BEST_METRIC,
         checkpoint_files={DICTIONARIES_FILE: dictionaries.to_json()},
+        dry_run=args.dry_run,
     )
 
     # ---- 7. train ----
@@ -177,8 +178,6 @@ def train(
         position=position,
     )
     if run_dir is None:
-        say(predicted_time(total_steps, log.seconds_per_step, device))
-        say("dry run: two steps taken, nothing written")
         return dictionaries, None
     scored = validate is not None and position.best is not None
     best = f"; best accuracy on the hold-out {position.best:.2f}" if scored else ""

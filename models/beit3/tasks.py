@@ -108,7 +108,8 @@ class BEiT3ForCaptioning(_BEiT3ForTask):
         """
         _, text_tokens = self.beit3(image, tokens, padding_mask, causal_text=True, keep=(0, tokens.shape[1]))
         if language_masked_pos is not None:
-            text_tokens = text_tokens[language_masked_pos.bool()]
+            places = language_masked_pos.flatten().nonzero().squeeze(1)
+            text_tokens = text_tokens.flatten(0, 1).index_select(0, places)
         return self.mlm_head(text_tokens)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.errors import EngineError, RunError
-from engine.log import RunLog, peak_mib, predicted_time, say
+from engine.log import RunLog, peak_mib, say
 
 ROW = {"epoch": 0, "step": 10, "loss": 2.5, "lr": 1e-4, "grad_norm": 3.0, "samples_per_s": 8.0}
 ROW |= {"data_wait": 0.25, "peak_mib": 100.0}
@@ -141,12 +141,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         log.write_run({}, {})
     with pytest.raises(RunError, match=r"could not write .*log\.txt"):
         log.rewind(epoch=0, global_step=0)
-
-
-def test_the_prediction_is_steps_times_seconds():
-    line = predicted_time(5000, 1.5, torch.device("cpu"))
-    assert re.fullmatch(r"predicted: 5000 steps x 1\.5 s = 2:05:00 per run, peak \d+ MiB", line)
-    assert "no step was taken" in predicted_time(5000, None, torch.device("cpu"))
 
 
 def test_say_is_one_line_on_stderr(capsys):
