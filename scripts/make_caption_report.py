@@ -8,11 +8,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 
 from data.errors import DataError
-from data.files import read_jsonl, resolve_inside, write_json_atomic
+from data.files import read_jsonl, resolve_inside
 from data.official_files import find_annotation
 from scripts.arguments import OneLineParser
-from scripts.make_report import read_log
 from scripts.program import run
+from scripts.report.folder import add_page_flags, check_output, read_log, write_report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,19 +30,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--annotations", type=Path, help="reference captions (default: the official file of --data_path)"
     )
     parser.add_argument("--output", type=Path, help="folder for the report (default: --run)")
-    parser.add_argument("--title", default="Captions", help="heading of the page")
-    parser.add_argument("--max_cards", type=int, default=200, help="images on the page (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="which images are shown (default: 0)")
+    add_page_flags(parser, title="Captions", shown="images")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, score, print the table, write report.html, curves.png and summary.json."""
     args = build_parser().parse_args(argv)
-    if args.max_cards < 1:
-        raise DataError(f"--max_cards must be at least 1, got {args.max_cards}")
     output = args.output or args.run
-    log = read_log(args.run, output)
+    log = read_log(args.run)
+    check_output(output)
     file = args.predictions or args.run / f"captions_{args.task}_{args.split}.jsonl"
     rows = read_captions(file)
 
@@ -110,12 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         max_cards=args.max_cards,
         seed=args.seed,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.html").write_text(page, encoding="utf-8")
-    (output / "curves.png").write_bytes(curves)
     summary = {"split": args.split, "columns": list(columns), "rows": table, "caption_for_all": constant}
-    write_json_atomic(output / "summary.json", summary, indent=1)
-    print(f"wrote report.html, curves.png and summary.json to {output}")
+    write_report(output, page, curves, summary)
 
 
 def read_captions(path: Path) -> dict[int, dict]:

@@ -7,17 +7,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from data.errors import DataError
-from data.files import read_json, read_jsonl, write_json_atomic
+from data.files import read_json, read_jsonl
 from data.official_files import IMAGE_PLACES
 from data.vqav2_files import ANNOTATION_PLACES
 from scripts.arguments import OneLineParser
 from scripts.program import run
-
-if TYPE_CHECKING:
-    from scripts.report.curves import RunLog
+from scripts.report.folder import add_page_flags, check_output, read_log, write_report
 
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 ANSWER_KEYS = {"answer_type": str, "question_type": str, "multiple_choice_answer": str}
@@ -43,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--annotations", type=Path, help="default: looked for below --data_path")
     parser.add_argument("--output", type=Path, help="folder for the report (default: --run)")
-    parser.add_argument("--title", default="Predictions", help="heading of the page")
-    parser.add_argument("--max_cards", type=int, default=200, help="questions on the page (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="which questions are shown (default: 0)")
+    add_page_flags(parser, title="Predictions", shown="questions")
     return parser
 
 
@@ -61,10 +56,9 @@ class Split:
 def main(argv: list[str] | None = None) -> None:
     """Read, score, print the table, write report.html, curves.png and summary.json."""
     args = build_parser().parse_args(argv)
-    if args.max_cards < 1:
-        raise DataError(f"--max_cards must be at least 1, got {args.max_cards}")
     output = args.output or args.run
-    log = read_log(args.run, output)
+    log = read_log(args.run)
+    check_output(output)
     predictions_file = args.predictions or args.run / f"submit_vqav2_{args.split}.json"
     top_file = args.top_answers or predictions_file.with_name(f"top_answers_vqav2_{args.split}.jsonl")
     answers = read_predictions(predictions_file)
@@ -84,11 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in COLUMNS if name in columns]
     table, scores = score_table({name: columns[name] for name in names}, split)
     rows = page_rows(args.data_path, args.split, split, answers, top, scores)
-    print(format_table(names, table))
 
     from scripts.report.curves import draw_curves
     from scripts.report.prediction_page import render_page
+    from scripts.report.text_table import format_table
 
+    print(format_table(names, table))
     overall = dict(zip(names, table[0]["scores"], strict=True))
     levels = {"question-only prior": overall["Question only"], "shuffled images": overall.get("Shuffled images")}
     curves = draw_curves(log, levels=levels)
@@ -102,30 +97,10 @@ def main(argv: list[str] | None = None) -> None:
         max_cards=args.max_cards,
         seed=args.seed,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.html").write_text(page, encoding="utf-8")
-    (output / "curves.png").write_bytes(curves)
-    write_json_atomic(output / "summary.json", {"split": args.split, "columns": names, "rows": table}, indent=1)
-    print(f"wrote report.html, curves.png and summary.json to {output}")
+    write_report(output, page, curves, {"split": args.split, "columns": names, "rows": table})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_log(run_folder: Path, output: Path) -> "RunLog":
-    """The log of the run in ``run_folder``; also looks whether ``output`` can be a folder, before any work is done.
-
-    Raises:
-        DataError: no such folder, no usable log in it, or ``output`` is a file.
-    """
-    from scripts.report.curves import read_run_log
-
-    if not run_folder.is_dir():
-        what = "a file, not a folder" if run_folder.exists() else "no such folder"
-        raise DataError(f"--run {run_folder}: {what}; give the --output_dir of a training run")
-    if output.exists() and not output.is_dir():
-        raise DataError(f"--output {output}: a file, not a folder; give another --output")
-    return read_run_log(run_folder)
 
 
 def read_predictions(path: Path) -> dict[int, str]:
@@ -279,18 +254,6 @@ def score_table(columns: dict[str, dict[int, str]], split: Split) -> tuple[list[
         for (group, name), qids in groups.items()
     ]
     return table, per_question[0]
-
-
-def format_table(columns: list[str], table: list[dict]) -> str:
-    """The table as text, in per cent."""
-    wide, first = max(len(name) for name in columns), max(14, *(len(row["name"]) for row in table))
-    lines = [f"{'accuracy in %':<{first}} {'number':>7}  " + "  ".join(f"{name:>{wide}}" for name in columns)]
-    for before, row in zip([table[0], *table], table, strict=False):
-        if row["group"] != before["group"]:
-            lines.append("")
-        cells = "  ".join(f"{100 * score:>{wide}.1f}" for score in row["scores"])
-        lines.append(f"{row['name']:<{first}} {row['count']:>7}  {cells}")
-    return "\n".join(lines)
 
 
 def page_rows(

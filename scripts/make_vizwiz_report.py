@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import DataError
-from data.files import check_relative, open_atomic, resolve_inside, write_json_atomic
-from scripts.arguments import OneLineParser, count, positive_int
+from data.files import check_relative, resolve_inside
+from scripts.arguments import OneLineParser
 from scripts.program import run
+from scripts.report.folder import add_page_flags, check_output, write_report
 
 NUM_TEXTS = 5  # answers in each group of the page's second table
 _SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA's prompt for short answers
@@ -47,10 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", type=Path, help="answers of another model to the same questions, for a second column")
     p.add_argument("--compare_name", help="how to call that model (default: the file's name without ending)")
     p.add_argument("--run", type=Path, help="output folder of the training run, for its loss curve")
-    p.add_argument("--title", default="Answers", help="heading of the page")
-    p.add_argument("--max_cards", type=positive_int, default=200, help="questions on the page (%(default)s)")
+    add_page_flags(p, title="Answers", shown="questions")
     p.add_argument("--worst", action="store_true", help="show those with the lowest scores instead of a random draw")
-    p.add_argument("--seed", type=count, default=0, help="of the draw (%(default)s)")
     return p
 
 
@@ -76,8 +75,7 @@ class Item:
 def main(argv: list[str] | None = None) -> None:
     """Read, score, print the table, write the page."""
     args = build_parser().parse_args(argv)
-    if args.output.exists() and not args.output.is_dir():
-        raise DataError(f"--output {args.output}: a file, not a folder; give another --output")
+    check_output(args.output)
     if args.compare_name and not args.compare:
         raise DataError("--compare_name names the answers of --compare: give both or none")
     asked = questions_by_name(args.questions) if args.questions else {}
@@ -108,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     curves = _loss_curve(args.run) if args.run else None
 
     from data.vizwiz import UNANSWERABLE
-    from scripts.make_report import format_table
+    from scripts.report.text_table import format_table
     from scripts.report.vizwiz_page import render_page
 
     if is_scored:
@@ -129,13 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         only_worst=args.worst,
     )
-    with open_atomic(args.output / "report.html") as handle:
-        handle.write(page)
-    if curves:
-        (args.output / "curves.png").write_bytes(curves)
     summary = {"columns": list(columns), "rows": table, "answers": [row._asdict() for row in texts]}
-    write_json_atomic(args.output / "summary.json", summary, indent=1)
-    print(f"wrote report.html, {'curves.png, ' if curves else ''}summary.json to {args.output}")
+    write_report(args.output, page, curves, summary)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
