@@ -1,4 +1,4 @@
-"""Small pieces that several families share: attention, stochastic depth, truncated-normal start values.
+"""Small pieces that several families share: attention, BERT's add and norm, stochastic depth, start values.
 
 Letters: B batch, H heads, Q queries, K keys, C channels of a head.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.linear import Linear
 from models.onednn_attention import is_worthwhile, onednn_attention
 
 
@@ -58,6 +59,21 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(B, H, L, C) -> (B, L, H C)."""
     return x.transpose(1, 2).flatten(2)
+
+
+class AddAndNorm(nn.Module):
+    """The end of a post-norm block, under BERT's key names: project, drop out, add the residual, normalise."""
+
+    def __init__(self, inner: int, width: int, *, eps: float, dropout: float) -> None:
+        """With random weights; ``inner`` is the width of what comes in."""
+        super().__init__()
+        self.dense = Linear(inner, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., inner), (..., width) -> (..., width)."""
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 def drop_path_scales(rate: float, num_layers: int, num_branches: int, batch_size: int, device: torch.device) -> Tensor:

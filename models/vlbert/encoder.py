@@ -20,7 +20,7 @@ from models.adaptive import (
     set_trainable,
 )
 from models.errors import ModelError
-from models.layers import attention, join_heads, split_heads
+from models.layers import AddAndNorm, attention, join_heads, split_heads
 from models.linear import Linear
 
 EPS = 1e-12
@@ -112,17 +112,18 @@ class Layer(nn.Module):
         """Build it with random weights."""
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        norm = {"eps": EPS, "dropout": config.hidden_dropout_prob}
         self._num_heads, self._attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
         self.attention = nn.Module()
         self.attention.self = nn.Module()
         for copy in ("", COPY) if with_copies else ("",):
             for name in ("query", "key", "value"):
                 setattr(self.attention.self, copy + name, Linear(width, width))
-            setattr(self.attention, f"{copy}output", _AddAndNorm(width, width, config.hidden_dropout_prob))
+            setattr(self.attention, f"{copy}output", AddAndNorm(width, width, **norm))
             intermediate = nn.Module()
             intermediate.dense = Linear(width, inner)
             setattr(self, f"{copy}intermediate", intermediate)
-            setattr(self, f"{copy}output", _AddAndNorm(inner, width, config.hidden_dropout_prob))
+            setattr(self, f"{copy}output", AddAndNorm(inner, width, **norm))
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """(B, L, D) -> (B, L, D), the trained version."""
@@ -154,14 +155,3 @@ class Layer(nn.Module):
     def narrow(self, wide: Tensor, tokens: Tensor, *, frozen: bool) -> Tensor:
         """(B, L, F), (B, L, D) -> (B, L, D)."""
         return getattr(self, f"{COPY if frozen else ''}output")(wide, tokens)
-
-
-class _AddAndNorm(nn.Module):
-    def __init__(self, inner: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.dense = Linear(inner, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import attention, join_heads, split_heads
+from models.layers import AddAndNorm, attention, join_heads, split_heads
 from models.linear import Linear
 from models.vle.config import VLETextConfig
 
@@ -109,25 +109,16 @@ class _Layer(nn.Module):
         super().__init__()
         self.attention = nn.Module()
         self.attention.self = _DisentangledAttention(config)
-        self.attention.output = _AddAndNorm(config.hidden_size, config)
+        width = config.hidden_size
+        norm = {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
+        self.attention.output = AddAndNorm(width, width, **norm)
         self.intermediate = nn.Module()
-        self.intermediate.dense = Linear(config.hidden_size, config.intermediate_size)
-        self.output = _AddAndNorm(config.intermediate_size, config)
+        self.intermediate.dense = Linear(width, config.intermediate_size)
+        self.output = AddAndNorm(config.intermediate_size, width, **norm)
 
     def forward(self, tokens: Tensor, embedded: Tensor, place: Tensor | None, hidden: Tensor | None) -> Tensor:
         tokens = self.attention.output(self.attention.self(tokens, embedded, place, hidden), tokens)
         return self.output(F.gelu(self.intermediate.dense(tokens)), tokens)
-
-
-class _AddAndNorm(nn.Module):
-    def __init__(self, width: int, config: VLETextConfig) -> None:
-        super().__init__()
-        self.dense = Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class _DisentangledAttention(nn.Module):

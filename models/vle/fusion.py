@@ -6,7 +6,7 @@ Source: METER's co-attention (Dou et al. 2022) on BERT's attention blocks; key n
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import attention, join_heads, split_heads
+from models.layers import AddAndNorm, attention, join_heads, split_heads
 from models.linear import Linear
 from models.vle.config import VLEConfig
 
@@ -21,7 +21,7 @@ class FusionLayer(nn.Module):
         self.crossattention = _AttentionBlock(config)
         self.intermediate = nn.Module()
         self.intermediate.dense = Linear(config.hidden_size, config.intermediate_size)
-        self.output = _AddAndNorm(config.intermediate_size, config)
+        self.output = _add_and_norm(config.intermediate_size, config)
 
     def forward(self, own: Tensor, other: Tensor, own_mask: Tensor | None, other_mask: Tensor | None) -> Tensor:
         """(B, N, W) of this stream and (B, M, W) of the other -> (B, N, W).
@@ -40,7 +40,7 @@ class _AttentionBlock(nn.Module):
         width = config.hidden_size
         self.self = nn.Module()
         self.self.query, self.self.key, self.self.value = (Linear(width, width) for _ in range(3))
-        self.output = _AddAndNorm(width, config)
+        self.output = _add_and_norm(width, config)
 
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         q = split_heads(self.self.query(queries), self._num_heads)
@@ -49,12 +49,5 @@ class _AttentionBlock(nn.Module):
         return self.output(join_heads(out), queries)
 
 
-class _AddAndNorm(nn.Module):
-    def __init__(self, width: int, config: VLEConfig) -> None:
-        super().__init__()
-        self.dense = Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+def _add_and_norm(inner: int, config: VLEConfig) -> AddAndNorm:
+    return AddAndNorm(inner, config.hidden_size, eps=config.layer_norm_eps, dropout=config.hidden_dropout_prob)
