@@ -1,7 +1,7 @@
 """Parameter groups (weight decay or not, learning-rate scale by name) and the optimizer."""
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,51 @@ def parameter_groups(
     if not groups:
         raise EngineError("no parameter is trainable: everything is frozen")
     return list(groups.values())
+
+
+def groups_by_part(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    scales: Mapping[str, float],
+    *,
+    part: Callable[[str], str],
+    decays: Callable[[str], bool],
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Optimizer groups in the order of ``scales``, each part with and without weight decay; empty ones are left out.
+
+    Args:
+        named_parameters: as ``model.named_parameters()`` gives them; frozen ones are left out.
+        scales: part → learning-rate scale.
+        part: of a parameter's name.
+        decays: whether the parameter of that name takes weight decay.
+        weight_decay: of the groups that decay.
+
+    Returns:
+        As ``parameter_groups``, named ``<part>_decay`` and ``<part>_no_decay``.
+
+    Raises:
+        EngineError: if nothing is trainable.
+    """
+    groups = {
+        (name, decay): {
+            "name": f"{name}_{'decay' if decay else 'no_decay'}",
+            "params": [],
+            "param_names": [],
+            "weight_decay": weight_decay if decay else 0.0,
+            "lr_scale": scale,
+        }
+        for name, scale in scales.items()
+        for decay in (True, False)
+    }
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            group = groups[part(name), decays(name)]
+            group["params"].append(parameter)
+            group["param_names"].append(name)
+    found = [group for group in groups.values() if group["params"]]
+    if not found:
+        raise EngineError("no parameter is trainable: everything is frozen")
+    return found
 
 
 def describe_groups(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from engine.errors import EngineError
+from engine.optim import groups_by_part
 from engine.schedule import Schedule, warmup_decay
 
 PROJECTOR = "mm_projector"
@@ -54,25 +55,10 @@ def llava_parameter_groups(
     """
     if projector_lr is not None and lr <= 0:
         raise EngineError("--mm_projector_lr needs a --learning_rate above 0")
-    scale = 1.0 if projector_lr is None else projector_lr / lr
-    groups = {
-        (part, decays): {
-            "name": f"{part}_{'decay' if decays else 'no_decay'}",
-            "params": [],
-            "param_names": [],
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": scale if part == "projector" else 1.0,
-        }
-        for part in ("rest", "projector")
-        for decays in (True, False)
-    }
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            part = "projector" if PROJECTOR in name and projector_lr is not None else "rest"
-            group = groups[part, not ("bias" in name or "norm" in name)]
-            group["params"].append(parameter)
-            group["param_names"].append(name)
-    found = [group for group in groups.values() if group["params"]]
-    if not found:
-        raise EngineError("no parameter is trainable: everything is frozen")
-    return found
+    return groups_by_part(
+        named_parameters,
+        {"rest": 1.0, "projector": 1.0 if projector_lr is None else projector_lr / lr},
+        part=lambda name: "projector" if PROJECTOR in name and projector_lr is not None else "rest",
+        decays=lambda name: not ("bias" in name or "norm" in name),
+        weight_decay=weight_decay,
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.errors import EngineError
+from engine.optim import groups_by_part
 
 # parts of a name that say no decay; the head's own layer norm is not among them, and decays as in the original
 _NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
@@ -35,25 +35,10 @@ def vle_parameter_groups(
     Raises:
         EngineError: nothing is trainable.
     """
-    scales = {"backbone": 1.0, "head": float(lr_mult_head), "fusion": float(lr_mult_cross_modal)}
-    groups = {
-        (part, decays): {
-            "name": f"{part}_{'decay' if decays else 'no_decay'}",
-            "params": [],
-            "param_names": [],
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": scales[part],
-        }
-        for part, _ in _PARTS
-        for decays in (True, False)
-    }
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            part = [part for part, mark in _PARTS if mark in name][-1]
-            group = groups[part, not any(mark in name for mark in _NO_DECAY)]
-            group["params"].append(parameter)
-            group["param_names"].append(name)
-    found = [group for group in groups.values() if group["params"]]
-    if not found:
-        raise EngineError("no parameter is trainable: everything is frozen")
-    return found
+    return groups_by_part(
+        named_parameters,
+        {"backbone": 1.0, "head": float(lr_mult_head), "fusion": float(lr_mult_cross_modal)},
+        part=lambda name: [part for part, mark in _PARTS if mark in name][-1],
+        decays=lambda name: not any(mark in name for mark in _NO_DECAY),
+        weight_decay=weight_decay,
+    )
