@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.files import check_relative, iterate_jsonl
+from data.own_rows import optional_texts
 
 OWN_KEYS = {"image", "captions", "image_id"}
 SCHEMA = '{"image": "photos/1.jpg", "captions": ["a dog on a sofa"]}'
@@ -50,17 +51,6 @@ def read_caption_file(path: str | Path) -> list[OwnCaption]:
             before = first_line.setdefault(key, number)
             if before != number:
                 raise DataError(f"{where}: {what} {key} stands on line {before} already; give it one line")
-        rows.append(OwnCaption(image, image_id, _captions(row, where)))
+        captions = optional_texts(row, "captions", where, example='["a dog on a sofa"]')
+        rows.append(OwnCaption(image, image_id, captions and tuple(captions)))
     return rows
-
-
-def _captions(row: dict, where: str) -> tuple[str, ...] | None:
-    captions = row.get("captions")
-    if captions is None:
-        return None
-    if type(captions) is not list or not captions or not all(type(c) is str and c.strip() for c in captions):
-        raise DataError(
-            f'{where}: "captions" must be a list of texts that are not empty, such as ["a dog on a sofa"], or left '
-            f"out; got {captions!r:.80}"
-        )
-    return tuple(captions)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.files import check_relative, iterate_jsonl
+from data.own_rows import optional_texts
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, normalize_answer, soft_score
 from data.vqa_index import VQARecord, parse_index_line
@@ -195,12 +196,4 @@ def _check_keys(row: dict, where: str) -> None:
 
 
 def _answers(row: dict, where: str) -> list[str] | None:
-    answers = row.get("answers")
-    if answers is None:
-        return None
-    if type(answers) is not list or not answers or not all(type(a) is str and a.strip() for a in answers):
-        raise DataError(
-            f'{where}: "answers" must be a list of texts that are not empty, such as ["dog", "puppy"], or left out; '
-            f"got {answers!r:.80}"
-        )
-    return answers
+    return optional_texts(row, "answers", where, example='["dog", "puppy"]')
