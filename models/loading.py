@@ -21,6 +21,15 @@ class LoadReport:
     ignored: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LoadRule:
+    """Patterns for ``load_weights``: what may be absent from a file, of another shape in it, or in it without use."""
+
+    may_miss: tuple[str, ...]
+    may_mismatch: tuple[str, ...]
+    may_be_extra: tuple[str, ...]
+
+
 def load_weights(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],

@@ -15,8 +15,8 @@ from models.beit3.config import VOCAB_SIZE, beit3_config
 from models.beit3.loading import load_rule, prepare_beit3_state_dict
 from models.beit3.tasks import build_beit3
 from models.errors import ModelError
-from models.loading import load_weights
 from scripts.beit3_checkpoint import checkpoint_folder, read_checkpoint_config
+from scripts.pretrained import load_pretrained
 
 _TEXT_ROWS = "beit3.text_embed.weight"
 _OUTPUT_LAYER = ("head.3.weight", "head.3.bias")  # one row for each answer
@@ -97,22 +97,11 @@ def build_model(
             f"{choice.weights} was trained on {rows} answers, the answer list has {num_answers}: "
             "give the --answer_list of these weights"
         )
-    rule = load_rule(choice.task, for_training=for_training)
     try:
-        report = load_weights(
-            model,
-            prepare_beit3_state_dict(state, config, model_prefix=choice.model_prefix),
-            may_miss=rule.may_miss,
-            may_mismatch=rule.may_mismatch,
-            may_be_extra=rule.may_be_extra,
-        )
+        state = prepare_beit3_state_dict(state, config, model_prefix=choice.model_prefix)
     except ModelError as error:
         raise ModelError(f"{choice.weights}: {error}") from None
-    say(f"loaded {len(report.loaded)} weights from {choice.weights}")
-    if report.newly_initialised:
-        say(f"NEWLY INITIALISED, to be trained: {', '.join(report.newly_initialised)}")
-    if report.ignored:
-        say(f"not used by this task: {', '.join(report.ignored)}")
+    load_pretrained(model, state, load_rule(choice.task, for_training=for_training), choice.weights)
     return model
 
 

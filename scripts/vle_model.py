@@ -15,11 +15,10 @@ from data.vqa_answers import AnswerVocabulary
 from engine.errors import EngineError
 from engine.log import say
 from engine.weights import read_state_dict
-from models.errors import ModelError
-from models.loading import load_weights
 from models.vle.config import VLEConfig
 from models.vle.loading import load_rule, prepare_vle_state_dict
 from models.vle.vle import VLEForVQA
+from scripts.pretrained import load_pretrained
 
 CONFIG_FILE = "config.json"
 WEIGHTS_KEY = "model|module|state_dict"
@@ -118,16 +117,7 @@ def build_model(
             raise DataError(f"{difference}: evaluate with the id2label of its own config.json")
         say(f"warning: {difference}: the output layer starts anew")
         state = {name: value for name, value in state.items() if not name.startswith("vqa_classifier.3.")}
-    rule = load_rule(for_training=for_training)
-    try:
-        report = load_weights(model, state, may_miss=rule.may_miss, may_be_extra=rule.may_be_extra)
-    except ModelError as error:
-        raise ModelError(f"{weights}: {error}") from None
-    say(f"loaded {len(report.loaded)} weights from {weights}")
-    if report.newly_initialised:
-        say(f"NEWLY INITIALISED, to be trained: {', '.join(report.newly_initialised)}")
-    if report.ignored:
-        say(f"not used by this task: {', '.join(report.ignored)}")
+    load_pretrained(model, state, load_rule(for_training=for_training), weights)
     return model
 
 

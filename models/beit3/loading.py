@@ -7,13 +7,13 @@ is allowed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from models.beit3.config import TASK_SUFFIXES, BEiT3Config
 from models.errors import ModelError
+from models.loading import LoadRule
 from models.pos_embed import resize_pos_embed
 
 _IMAGE_POSITIONS = "beit3.encoder.embed_positions.A.weight"
@@ -38,15 +38,6 @@ _OTHER_FAMILIES = {
     "LLaVA": ("model.layers.", "model.embed_tokens.", "model.mm_projector.", "lm_head.", "base_model."),
     "a plain vision transformer": ("blocks.", "patch_embed.", "visual."),
 }
-
-
-@dataclass(frozen=True)
-class LoadRule:
-    """Patterns for ``load_weights``: what may be absent from a file, of another shape in it, or in it without use."""
-
-    may_miss: tuple[str, ...]
-    may_mismatch: tuple[str, ...]
-    may_be_extra: tuple[str, ...]
 
 
 def load_rule(task: str, *, for_training: bool) -> LoadRule:

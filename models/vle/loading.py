@@ -5,12 +5,12 @@ another size is an error unless training may start with a new one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.errors import ModelError
+from models.loading import LoadRule
 from models.pos_embed import resize_pos_embed
 from models.vle.config import VLEConfig
 
@@ -22,15 +22,6 @@ _IMAGE_POSITIONS = "vle.vision_model.vision_model.embeddings.position_embedding.
 # numbers 0, 1, ... that the original keeps among its weights
 _POSITION_IDS = ("vle.vision_model.vision_model.embeddings.position_ids", "vle.text_model.embeddings.position_ids")
 _TRUNK_NAMES = ("vision_model.", "text_model.", "cross_modal_", "token_type_embeddings.", "text_projection_layer.")
-
-
-@dataclass(frozen=True)
-class LoadRule:
-    """Patterns for ``load_weights``: what may be absent from a file, of another shape in it, or in it without use."""
-
-    may_miss: tuple[str, ...]
-    may_mismatch: tuple[str, ...]
-    may_be_extra: tuple[str, ...]
 
 
 def load_rule(*, for_training: bool) -> LoadRule:
