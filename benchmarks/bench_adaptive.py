@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import in_turns
 from benchmarks.rows import Result, Row, load_average, write_result
 from models.adaptive import sample_policy
@@ -186,12 +187,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--words", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=4, help="layers that each sample keeps, of twelve")
     parser.add_argument("--width", type=int, default=768, help="of the network, a multiple of 64")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--strategies", nargs="+", default=["SpotTune", "SpotTune_Block", "BlockDrop"])
     parser.add_argument("--no_training", action="store_true", help="inference only")
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=5)
     return parser
 
 

@@ -154,7 +154,6 @@ def build_parser() -> argparse.ArgumentParser:
     for name, value in (("batch_size", 4), ("words", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--prompt", type=int, default=64, help="words of the longest question; the shortest has half")
-    parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import in_turns
 from benchmarks.rows import Result, Row, write_result
 from engine.backend import TorchBackend
@@ -71,10 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="beit3_base_patch16_480")
     parser.add_argument("--folder", type=Path, help="write into a new folder in there (default: the system's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=3)
     return parser
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import autocast, in_turns, is_installed
 from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
 from models.loading import load_weights
@@ -105,11 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=50)
     parser.add_argument("--padded", action="store_true", help="questions of different lengths, with a mask")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(MAX_DIFFERENCE), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=5, dtypes=MAX_DIFFERENCE)
     return parser
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import DTYPES, autocast, is_installed
 from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_result
 from benchmarks.workload_beit3 import PEER_PACKAGES, torchscale_trunk
@@ -176,12 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--beams", type=int, default=3)
     parser.add_argument("--words", type=int, default=11, help="words of every caption (COCO's have about 10)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="compile our step")
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=3, dtypes=DTYPES)
     return parser
 
 

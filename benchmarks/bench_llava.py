@@ -214,7 +214,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", action="store_true", help="recompute each layer in the backward pass, both sides"
     )
-    parser.add_argument("--json", type=Path, help="write everything there")
     return parser
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import DTYPES, OwnProcess, in_turns
 from benchmarks.rows import Curve, Result, load_average, write_result
 from engine import distributed
@@ -98,11 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="beit3_base_patch16_224")
     parser.add_argument("--batch_size", type=int, default=2, help="of each process")
     parser.add_argument("--question_tokens", type=int, default=14)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=3, dtypes=DTYPES)
     return parser
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import bench_llava, bench_step
+from benchmarks.flags import add_shared_flags
 from benchmarks.measure import is_installed
 from benchmarks.rows import Curve, Result, exponent, write_result
 
@@ -93,11 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024])
     for name, value in (("width", 512), ("layers", 4), ("heads", 8), ("vocabulary", 32000), ("rank", 16)):
         parser.add_argument(f"--{name}", type=int, default=value, help="of LLaVA's decoder")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write everything there")
+    add_shared_flags(parser, rounds=2, dtypes=("float32", "bfloat16"))
     return parser
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from benchmarks.flags import add_shared_flags
+
 # relative to the largest; the precisions to choose from are those with a limit
 MAX_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -16,10 +18,7 @@ def llama_values(args: argparse.Namespace, *, num_positions: int) -> dict[str, f
 
 
 def add_decoder_flags(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """Sizes of the decoder, and on what it runs."""
+    """Sizes of the decoder, and the shared flags."""
     for name, value in (("width", 512), ("layers", 8), ("heads", 8), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("threads", 2), ("rounds", rounds)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=sorted(MAX_DIFFERENCE), default="float32")
+    add_shared_flags(parser, rounds=rounds, dtypes=MAX_DIFFERENCE)
