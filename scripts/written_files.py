@@ -1,17 +1,19 @@
 """Results under names that other people's files may have as well: a program replaces only what it wrote itself.
 
-A hidden file beside them holds a checksum of each.
+A hidden file beside them holds a checksum of each, a line for every time that one is written: programs that write into
+one folder at the same time, such as the parts of an evaluation, lose none of each other's.
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import read_json, write_json_atomic
 
-RECORD = ".plainvl_written.json"
+RECORD = ".plainvl_written.jsonl"
 
 
 def refuse_others(*paths: Path | None, overwrite: bool) -> None:
@@ -47,15 +49,28 @@ def written(*paths: Path | None) -> Iterator[None]:
 def _note(paths: list[Path], *, done: bool) -> None:
     for folder in dict.fromkeys(path.parent for path in paths):
         names = {path.name: _checksum(path) if done else None for path in paths if path.parent == folder}
-        write_json_atomic(folder / RECORD, _read(folder) | names, indent=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(handle, f"\n{json.dumps(names)}\n".encode())  # the first line end closes a line that was cut off
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _read(folder: Path) -> dict[str, str | None]:
-    """Checksums by name; None for a file that was being written. A record that is broken says nothing."""
-    with suppress(DataError):
-        content = read_json(folder / RECORD)
-        return content if isinstance(content, dict) else {}
-    return {}
+    """Checksums by name; None for a file that was being written. A line that is broken says nothing."""
+    known: dict[str, str | None] = {}
+    try:
+        lines = (folder / RECORD).read_bytes().splitlines()
+    except OSError:
+        return known
+    for line in filter(None, lines):
+        try:
+            known |= json.loads(line)
+        except (ValueError, TypeError):
+            continue
+    return known
 
 
 def _checksum(path: Path) -> str:

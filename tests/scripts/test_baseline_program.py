@@ -130,7 +130,7 @@ def test_the_guides_command_writes_both_files_of_the_whole_network_into_the_curr
     done = run_program(ROOT / "scripts" / "main.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = ["baseline_run", "data", "dictionaries.json", "model.pth", "submission.npy"]
-    assert sorted(os.listdir(tmp_path)) == [".plainvl_written.json", *written]
+    assert sorted(os.listdir(tmp_path)) == [".plainvl_written.jsonl", *written]
     state = weights(tmp_path)
     assert state["resnet.layer4.1.conv2.weight"].shape == (512, 512, 3, 3)
     assert state["resnet.layer2.0.shortcut.0.bias"].shape == (128,)
