@@ -36,7 +36,7 @@ class Regions:
     """What was found in one image.
 
     Attributes:
-        boxes: (K, 4) float32, x1 y1 x2 y2 in pixels.
+        boxes: (K, 4) float32, x1 y1 x2 y2 in pixels; not to be written to, nor are the others.
         features: (K, 2048) float32.
         whole: (2048,) float32, of the whole image.
         size: width and height of the image.
@@ -264,7 +264,9 @@ class PackedRegions:
             if size != meta["bytes"].get(name):
                 raise DataError(f"{path} has {size} bytes, {_META} says {meta['bytes'].get(name)}: {_ADVICE}")
             try:
-                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+                arrays[name] = np.asarray(
+                    np.load(path, mmap_mode="r", allow_pickle=False)
+                )  # slices cost less than memmap's
             except (ValueError, OSError) as error:
                 raise DataError(f"{path} cannot be mapped ({error}): {_ADVICE}") from None
         images = np.array(arrays["images"])
@@ -289,14 +291,16 @@ class PackedRegions:
         return PackedRegions, (self.folder,)
 
     def regions(self, image_id: int) -> Regions:
-        """Of one image; its numbers are copied out of the map."""
+        """Of one image; where the numbers are stored as float32, views of the map, read as they are looked at."""
         place = self._place.get(image_id)
         if place is None:
             raise DataError(f"{self.folder} has no regions of image {image_id}: pack the box files of all images")
         rows = slice(int(self._first[place]), int(self._first[place + 1]))
         width, height = map(int, self._sizes[place])
-        features, whole = (np.array(values, dtype=np.float32) for values in (self._features[rows], self._whole[place]))
-        return Regions(np.array(self._boxes[rows]), features, whole, (width, height))
+        features, whole = (
+            np.asarray(values, dtype=np.float32) for values in (self._features[rows], self._whole[place])
+        )
+        return Regions(self._boxes[rows], features, whole, (width, height))
 
 
 def write_json(path: str | Path, image_id: int, regions: Regions) -> None:

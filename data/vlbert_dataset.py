@@ -26,7 +26,8 @@ class VLBertSample:
     sample_id: int  # place in the split
     question_id: int
     image: Tensor | None  # (3, height, width) float32; None with precomputed features
-    boxes: Tensor  # (K, 4 + 2048), or (K, 4) with an image
+    boxes: Tensor  # (K, 4)
+    features: tuple[np.ndarray, ...]  # (1, 2048) of the whole image, (K - 1, 2048) of the others; empty with an image
     info: Tensor  # width, height after the resize, and both ratios
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
@@ -73,17 +74,16 @@ class VLBertDataset:
             found = self._regions.sources[record.place].regions(record.image_id)
             image = None if self._load_image is None else self._load_image(record)
             size = self._regions.size(record, found.size)
-            sized = transform(torch.from_numpy(found.boxes.copy()), size, image, flip=flip, scales=self._scales)
+            sized = transform(found.boxes, size, image, flip=flip, scales=self._scales)
         except DataError as error:
             raise DataError(f"sample {index} (question {record.question_id}): {error}") from None
-        boxes = sized.boxes
-        if image is None:
-            features = torch.from_numpy(np.concatenate([found.whole[None], found.features]))
-            boxes = torch.cat([boxes, features], dim=1)
+        features = () if image is not None else (found.whole[None], found.features)
         tokens, labels, scores = record.tokens, record.labels, record.scores
         if flip and record.flipped is not None:
             tokens, labels, scores = record.flipped
-        return VLBertSample(index, record.question_id, sized.image, boxes, sized.info, tokens, labels, scores)
+        return VLBertSample(
+            index, record.question_id, sized.image, sized.boxes, features, sized.info, tokens, labels, scores
+        )
 
 
 class VLBertCollate:
@@ -98,16 +98,17 @@ class VLBertCollate:
 
         ``image`` (B, 3, height, width) is there for models that look at it.
         """
-        question = torch.zeros(len(samples), max(len(sample.tokens) for sample in samples), dtype=torch.int64)
-        targets = torch.zeros(len(samples), self._num_answers)
+        question = np.zeros((len(samples), max(len(sample.tokens) for sample in samples)), np.int64)
+        targets = np.zeros((len(samples), self._num_answers), np.float32)
         for place, sample in enumerate(samples):
-            question[place, : len(sample.tokens)] = torch.tensor(sample.tokens)
-            targets[place, list(sample.labels)] = torch.tensor(sample.scores)
+            question[place, : len(sample.tokens)] = sample.tokens
+            targets[place, list(sample.labels)] = sample.scores
+        features = [sample.features for sample in samples] if samples[0].image is None else ()
         batch = {
-            "boxes": pad_boxes([sample.boxes for sample in samples]),
+            "boxes": pad_boxes([sample.boxes for sample in samples], features),
             "sizes": torch.stack([sample.info for sample in samples]),
-            "question": question,
-            "targets": targets,
+            "question": torch.from_numpy(question),
+            "targets": torch.from_numpy(targets),
             "question_id": [sample.question_id for sample in samples],
             "sample_id": [sample.sample_id for sample in samples],
             "images_replaced": 0.0,

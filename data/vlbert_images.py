@@ -44,7 +44,7 @@ def target_size(width: int, height: int, short_side: int, long_side: int) -> tup
 
 
 def transform(
-    boxes: Tensor,
+    boxes: Tensor | np.ndarray,
     size: tuple[int, int],
     image: np.ndarray | None = None,
     *,
@@ -68,13 +68,15 @@ def transform(
         raise DataError(f"the image is {image.shape[1]} x {image.shape[0]}, its boxes are of {width} x {height}")
     new_width, new_height = target_size(width, height, *scales)
     ratios = new_width / width, new_height / height
-    whole = torch.tensor([[0.0, 0.0, width - 1.0, height - 1.0]])
-    boxes = torch.cat([whole, boxes.to(torch.float32)]) * torch.tensor([*ratios, *ratios])
+    # in numpy: a handful of numbers, for which torch's operators would cost more than everything else of a sample
+    given = np.asarray(boxes, dtype=np.float32)
+    rows = np.empty((len(given) + 1, 4), np.float32)
+    rows[0], rows[1:] = (0, 0, width - 1, height - 1), given
+    rows *= np.array([*ratios, *ratios], np.float32)
     if flip:
-        left, right = new_width - 1 - boxes[:, 2], new_width - 1 - boxes[:, 0]
-        boxes = torch.stack([left, boxes[:, 1], right, boxes[:, 3]], dim=1)
-    limits = torch.tensor([new_width - 1.0, new_height - 1.0] * 2)
-    boxes = torch.minimum(boxes.clamp(min=0), limits)
+        rows[:, [0, 2]] = np.float32(new_width - 1) - rows[:, [2, 0]]
+    np.maximum(rows, 0, out=rows)
+    np.minimum(rows, np.array([new_width - 1, new_height - 1] * 2, np.float32), out=rows)
     pixels = None
     if image is not None:
         if (new_width, new_height) != (width, height):
@@ -83,7 +85,8 @@ def transform(
             image = image[:, ::-1]
         bgr = torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))).to(torch.float32)
         pixels = bgr - torch.tensor(PIXEL_MEANS)[:, None, None]
-    return Sized(pixels, boxes, torch.tensor([new_width, new_height, *ratios], dtype=torch.float32))
+    info = np.array([new_width, new_height, *ratios], np.float32)
+    return Sized(pixels, torch.from_numpy(rows), torch.from_numpy(info))
 
 
 def pad_images(images: Sequence[Tensor]) -> Tensor:
@@ -95,9 +98,19 @@ def pad_images(images: Sequence[Tensor]) -> Tensor:
     return batch
 
 
-def pad_boxes(boxes: Sequence[Tensor]) -> Tensor:
-    """(K, n) each -> (B, largest K, n), -2 where there is none."""
-    batch = boxes[0].new_full((len(boxes), max(map(len, boxes)), boxes[0].shape[1]), PADDING)
+def pad_boxes(boxes: Sequence[Tensor], features: Sequence[Sequence[np.ndarray]] = ()) -> Tensor:
+    """(K, 4) each -> (B, largest K, 4), -2 where there is none.
+
+    With ``features``, for each image arrays whose rows together are its K ones, they stand behind the boxes. Nothing
+    else copies them on the way from the disk.
+    """
+    width = boxes[0].shape[1] + (features[0][0].shape[-1] if features else 0)
+    batch = np.empty((len(boxes), max(map(len, boxes)), width), np.float32)
     for place, rows in enumerate(boxes):
-        batch[place, : len(rows)] = rows
-    return batch
+        batch[place, : len(rows), : rows.shape[1]] = rows
+        first = 0
+        for part in features[place] if features else ():
+            batch[place, first : first + len(part), rows.shape[1] :] = part
+            first += len(part)
+        batch[place, len(rows) :] = PADDING
+    return torch.from_numpy(batch)

@@ -118,11 +118,12 @@ def test_a_mirrored_sample_has_mirrored_boxes_and_the_same_features():
     plain, flipped = (
         VLBertDataset(found, regions, flip_prob=p).sample(0, np.random.default_rng(0)) for p in (0.0, 1.0)
     )
-    assert torch.equal(plain.boxes[:, 4:], flipped.boxes[:, 4:])
+    assert [part.tolist() for part in plain.features] == [part.tolist() for part in flipped.features]
     width = plain.info[0]
     assert torch.allclose(flipped.boxes[1:, 0], (width - 1 - plain.boxes[1:, 2]).clamp(0))
-    assert plain.boxes[0, :4].tolist() == pytest.approx([0, 0, 790, 590])  # the whole image, ten times as large
-    assert plain.boxes[0, 4:].unique().tolist() == [3.5]
+    assert plain.boxes[0].tolist() == pytest.approx([0, 0, 790, 590])  # the whole image, ten times as large
+    assert plain.features[0].shape == (1, 2048)
+    assert np.unique(plain.features[0]).tolist() == [3.5]
     assert (plain.tokens, flipped.tokens) == (found[0].tokens, found[0].flipped[0])
     assert (plain.labels, flipped.labels) == ((1,), (2,))
 
