@@ -8,7 +8,6 @@ Read it from top to bottom; every flag stands in scripts/beit3_args.py.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,13 @@ from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
-from engine.run_folder import prepare_run_folder
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
 from scripts import beit3_captioning, beit3_vqa
 from scripts.backends import build_backend
 from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
+from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 
 # --task → module with load_labels, train_and_val_loaders, training_loss, validation, run_evaluation and BEST_METRIC
 TASKS = {"vqav2": beit3_vqa, "coco_captioning": beit3_captioning, "nocaps": beit3_captioning}
@@ -53,20 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     amp, args.zero_stage = choose_precision(args.amp, deepspeed_file), choose_stage(args.zero_stage, deepspeed_file)
     if args.compile and args.enable_deepspeed and args.zero_stage == 3:
         raise EngineError("--compile does not go with ZeRO stage 3, which gathers weights inside each layer: drop one")
-    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
-    torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    device = start_processes(args, group_of_one=args.enable_deepspeed)
     dtype = resolve_precision(amp, device)
     if args.num_workers is None:
         args.num_workers = min(10, distributed.cores_per_process())
-    for note in args.notes:
-        say(f"note: {note}")
-    output_dir = None if args.dry_run else Path(args.output_dir)
-    resume_from = None
-    if output_dir is not None:
-        resume_from = prepare_run_folder(
-            output_dir, resume=args.resume, auto_resume=args.auto_resume, training=not args.eval
-        )
+    output_dir, resume_from = open_run_folder(args, training=not args.eval)
 
     # ---- 2. task: text and labels ----
     task = TASKS[args.task]
@@ -95,9 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- 4. evaluate or train ----
     if args.eval:
-        autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
         with stop.listening():
-            task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast)
+            task.run_evaluation(args, model, tokenizer, answers, device=device, autocast=autocast_of(device, dtype))
     else:
         train(args, model, tokenizer, answers, device, dtype, deepspeed_file, output_dir, resume_from)
     distributed.barrier()
@@ -147,7 +136,7 @@ def train(
         "steps_per_epoch": steps_per_epoch,
         "total_steps": steps_per_epoch * args.epochs,
         "warmup_steps": warmup_steps,
-        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "parameter_groups": describe_groups(groups, args.lr),
     }
     optimizer = build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)

@@ -30,7 +30,6 @@ from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
-from engine.run_folder import prepare_run_folder
 from scripts import llava_training
 from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
@@ -38,6 +37,7 @@ from scripts.llava_model import build_for_training
 from scripts.llava_optim import llava_parameter_groups, llava_schedule
 from scripts.llava_resume import DATA_FILE, check_data, check_resume, describe_data
 from scripts.llava_saving import checkpoint_format, publish
+from scripts.start import open_run_folder, precision_name, start_processes
 
 
 @released_at_the_end()
@@ -47,18 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     args.zero_stage = llava_training.zero_stage(args)
 
     # ---- 1. processes, device, seed ----
-    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
+    device = start_processes(args, group_of_one=args.enable_deepspeed)
     if args.num_workers is None:
         args.num_workers = min(4, distributed.cores_per_process())
-    torch.manual_seed(args.seed)  # the same adapters on every rank; each rank's own draws are seeded below
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     dtype = resolve_precision(args.amp, device)
-    for note in args.notes:
-        say(f"note: {note}")
-    output_dir = None if args.dry_run else Path(args.output_dir)
-    resume_from = None
-    if output_dir is not None:
-        resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
+    output_dir, resume_from = open_run_folder(args)
 
     # ---- 2. data, base, adapters ----
     samples = llava_training.read_samples(args)
@@ -123,7 +116,7 @@ def train(
         "samples_per_step": train_loader.samples_per_step,
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
-        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "parameter_groups": describe_groups(groups, args.learning_rate),
         **deepspeed_facts,
     }

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 from scripts.program import hide_interrupts, run
@@ -36,10 +35,10 @@ from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
-from engine.run_folder import prepare_run_folder
 from engine.schedule import warmup_decay
 from scripts import vle_vqa
 from scripts.backends import build_backend
+from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 from scripts.vle_config import COSINE, warmup_steps_of
 from scripts.vle_model import VLEFolder, build_model, folder_files, read_model_folder
 from scripts.vle_optim import vle_parameter_groups
@@ -54,21 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # ---- 1. processes, device, seed ----
-    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
+    device = start_processes(args, group_of_one=args.enable_deepspeed)
     settle_batch_sizes(args, distributed.world_size())
-    torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     if args.amp == "fp16" and device.type == "cpu":
         raise EngineError("precision 16 needs a CUDA device: on the CPU give --precision 32 or --precision bf16")
     dtype = resolve_precision(args.amp, device)
-    for note in args.notes:
-        say(f"note: {note}")
-    output_dir = None if args.dry_run else Path(args.output_dir)
-    resume_from = None
-    if output_dir is not None:
-        resume_from = prepare_run_folder(
-            output_dir, resume=args.resume, auto_resume=args.auto_resume, training=not args.eval
-        )
+    output_dir, resume_from = open_run_folder(args, training=not args.eval)
 
     # ---- 2. model folder, answers, weights ----
     folder = read_model_folder(
@@ -87,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         del model
         model = best_model(args, folder, answers, output_dir)
     if model is not None:
-        autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
         with stop.listening():
+            autocast = autocast_of(device, dtype)
             vle_vqa.run_evaluation(args, model.to(device), folder, answers, device=device, autocast=autocast)
     distributed.barrier()
     distributed.shutdown()
@@ -136,7 +126,7 @@ def train(
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
         "warmup_steps": warmup_steps,
-        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "parameter_groups": describe_groups(groups, args.learning_rate),
         **deepspeed_facts,
     }

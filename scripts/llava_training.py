@@ -33,6 +33,7 @@ from scripts import llava_vqa
 from scripts.llava_feature_cache import cached_features
 from scripts.llava_folder import LlavaFolder
 from scripts.loaders import build_loader
+from scripts.start import autocast_of
 
 BEST_METRIC = "accuracy"
 Validate = Callable[[nn.Module, EvalLoader, int], dict[str, float]]
@@ -240,7 +241,7 @@ def validate(
         images=folder.images,
         decoding=Decoding(max_new_tokens=args.max_new_tokens),
         device=device,
-        autocast=partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None),
+        autocast=autocast_of(device, dtype),
     )
     scores = llava_vqa.score(rows, answers)
     return {

@@ -43,6 +43,7 @@ from engine.weights import read_state_dict
 from models.baseline import BaselineVQA
 from models.loading import load_weights
 from scripts import baseline_vqa
+from scripts.start import autocast_of, precision_name
 
 RUN_FOLDER = "baseline_run"
 
@@ -136,7 +137,7 @@ def train(
         "samples_per_step": train_loader.samples_per_step,
         "steps_per_epoch": train_loader.steps_per_epoch,
         "total_steps": total_steps,
-        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "parameter_groups": describe_groups([group], args.lr),
     }
     say(json.dumps(facts, indent=2))
@@ -201,9 +202,10 @@ def answer(
         if not args.predict_only:
             baseline_vqa.write_model(Path(args.output_dir), model.state_dict(), dictionaries)
     args.finetune = str(weights)  # by which results of an evaluation that was stopped are known
-    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
     with stop.listening():
-        baseline_vqa.run_prediction(args, model.to(device), asked, dictionaries, device=device, autocast=autocast)
+        baseline_vqa.run_prediction(
+            args, model.to(device), asked, dictionaries, device=device, autocast=autocast_of(device, dtype)
+        )
 
 
 if __name__ == "__main__":

@@ -11,16 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from functools import partial
-
 from scripts.program import hide_interrupts, run
 from scripts.vlbert_args import parse_test_args
 
 if __name__ == "__main__":
     hide_interrupts()
     parse_test_args()  # --help and mistakes answer at once, before torch is imported
-
-import torch
 
 from data.errors import DataError
 from engine import distributed, stop
@@ -29,6 +25,7 @@ from engine.folder_lock import released_at_the_end
 from engine.log import say
 from engine.run_folder import prepare_run_folder
 from scripts import vlbert_vqa
+from scripts.start import autocast_of, start_processes
 from scripts.vlbert_config import check_same_model
 from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_tokenizer, load_trained_weights
 
@@ -37,9 +34,7 @@ from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_token
 def main(argv: list[str] | None = None) -> None:
     """Load, predict, write."""
     args = parse_test_args(argv)
-    device = distributed.init(args.device, timeout_s=args.dist_timeout)
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    device = start_processes(args)
     dtype = resolve_precision(args.amp, device)
     for note in args.notes:
         say(f"note: {note}")
@@ -56,9 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         model.most_used()  # refuses a checkpoint that has not counted
     if not args.dry_run:
         prepare_run_folder(Path(args.output_dir), resume="", auto_resume=args.auto_resume, training=False)
-    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
     with stop.listening():
-        vlbert_vqa.run_prediction(args, model.to(device), words, device=device, autocast=autocast)
+        vlbert_vqa.run_prediction(args, model.to(device), words, device=device, autocast=autocast_of(device, dtype))
     distributed.barrier()
     distributed.shutdown()
 

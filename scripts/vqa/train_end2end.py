@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json
-from functools import partial
 
 from scripts.program import hide_interrupts, run
 from scripts.vlbert_args import parse_args, schedule_steps
@@ -33,11 +32,11 @@ from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
-from engine.run_folder import prepare_run_folder
 from engine.schedule import Schedule, multi_step, triangle
 from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
+from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 from scripts.vlbert_config import as_yaml, check_same_model
 from scripts.vlbert_model import (
     CONFIG,
@@ -57,16 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # ---- 1. processes, device, seed ----
-    device = distributed.init(args.device, timeout_s=args.dist_timeout, group_of_one=args.enable_deepspeed)
-    torch.manual_seed(args.seed)  # the same start weights on every rank; each rank's own draws are seeded below
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    device = start_processes(args, group_of_one=args.enable_deepspeed)
     dtype = resolve_precision(args.amp, device)
-    for note in args.notes:
-        say(f"note: {note}")
-    output_dir = None if args.dry_run else Path(args.output_dir)
-    resume_from = None
-    if output_dir is not None:
-        resume_from = prepare_run_folder(output_dir, resume=args.resume, auto_resume=args.auto_resume, training=True)
+    output_dir, resume_from = open_run_folder(args)
 
     if resume_from is not None:
         check_same_model(resume_from / CONFIG, args.config)
@@ -144,7 +136,7 @@ def train(
         "total_steps": total_steps,
         "effective_lr": lr,
         **({"effective_policy_lr": policy_lr} if model.policy is not None else {}),
-        "precision": "float32" if dtype is None else str(dtype).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "parameter_groups": described,
         **deepspeed_facts,
     }
@@ -246,9 +238,8 @@ def test_best(
         Path(args.output_dir).mkdir(exist_ok=True)
     distributed.barrier()
     dtype = resolve_precision(args.amp, device)
-    autocast = partial(torch.autocast, device.type, dtype or torch.float32, enabled=dtype is not None)
     with stop.listening():
-        vlbert_vqa.run_prediction(args, model, words, device=device, autocast=autocast)
+        vlbert_vqa.run_prediction(args, model, words, device=device, autocast=autocast_of(device, dtype))
 
 
 if __name__ == "__main__":
