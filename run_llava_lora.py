@@ -25,11 +25,11 @@ from engine import distributed
 from engine.backend import resolve_precision
 from engine.checkpoint import BEST, newest_name
 from engine.errors import RunError
-from engine.failures import could_not_write
 from engine.folder_lock import released_at_the_end
 from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
+from engine.write_failures import could_not_write
 from scripts import llava_training
 from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder

@@ -109,6 +109,7 @@ def open_atomic(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
     Raises:
         DataError: there is something else than a file, such as a device.
+        OSError: the disk is full, or the place cannot be written; names ``path``.
     """
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     if path.exists() and not path.is_file():
@@ -121,8 +122,10 @@ def open_atomic(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk tells no name
+            error.filename = str(path)
         raise
     _sync_folder(path.parent)
 

@@ -16,10 +16,11 @@ import torch
 from engine import distributed
 from engine.backend import Backend
 from engine.errors import EngineError, RunError
-from engine.failures import is_lost_loader_process, why_not_written
+from engine.failures import is_lost_loader_process
 from engine.random_state import get_random_state, set_random_state
 from engine.weights import load_torch_file
 from engine.whole_files import TEMPORARY, flush, write_text
+from engine.write_failures import why_not_written
 
 MANIFEST = "manifest.json"
 POINTER = "latest"

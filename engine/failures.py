@@ -1,9 +1,7 @@
 """Failures of the surroundings (memory, processes, limits of the system) as one line: what happened and what to do."""
 
 import errno
-import os
 import re
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,10 +23,6 @@ _LOST_CONTACT = re.compile(
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 _SHARED_MEMORY = re.compile(r"shared memory|\bshm\b|/torch_\d+_|bus error", re.IGNORECASE)
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)")
-_FULL_DISK = re.compile(r"no space left on device", re.IGNORECASE)
-# torch says of a write that failed only that it failed
-_FAILED_WRITE = re.compile(r"PytorchStreamWriter|iostream error|file write failed|inline_container", re.IGNORECASE)
-_NO_ROOM_BYTES = 1 << 20  # what a full disk may have left beside a file that did not fit
 _OPEN_FILES = re.compile(r"too many open files|ancdata", re.IGNORECASE)
 
 
@@ -64,32 +58,6 @@ def explain(error: BaseException) -> str | None:
             f"look for its own message above; {_GO_ON}"
         )
     return None
-
-
-def could_not_write(path: Path, error: BaseException) -> str:
-    """``could not write PATH (why)``, of a failure of the file system, of torch's or of safetensors'."""
-    return f"could not write {path} ({why_not_written(path, error)})"
-
-
-def why_not_written(path: Path, error: BaseException) -> str:
-    """In a few words; a disk that is full has always the same, whoever noticed."""
-    number = error.errno if isinstance(error, OSError) else None
-    text = str(error)
-    if number == errno.ENOSPC or _FULL_DISK.search(text) or (_FAILED_WRITE.search(text) and _has_no_room(path)):
-        return "the disk is full"
-    if number == errno.EDQUOT:
-        return "the disk quota is used up"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (text.splitlines() or [type(error).__name__])[0]
-
-
-def _has_no_room(path: Path) -> bool:
-    folder = next((parent for parent in Path(os.path.abspath(path)).parents if parent.is_dir()), None)
-    if folder is None:
-        return False
-    room = os.statvfs(folder)
-    return room.f_bavail * room.f_frsize < _NO_ROOM_BYTES
 
 
 def is_lost_loader_process(error: BaseException) -> bool:

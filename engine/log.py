@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.errors import EngineError, RunError
-from engine.failures import could_not_write
 from engine.whole_files import write_text
+from engine.write_failures import could_not_write
 
 
 def say(text: str) -> None:

@@ -16,9 +16,9 @@ from engine import distributed
 from engine.checkpoint import MANIFEST
 from engine.errors import EngineError, RunError
 from engine.evaluation import gather_by_id
-from engine.failures import why_not_written
 from engine.folder_lock import hold, release
 from engine.log import say
+from engine.write_failures import why_not_written
 
 _WEIGHTS = (".pth", ".pt", ".bin", ".model", ".safetensors", ".index.json")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from engine import distributed
 from engine.checkpoint import BEST, MANIFEST, clear_leftovers, find_newest, point_to, put_back, require_sound
 from engine.errors import EngineError
-from engine.failures import why_not_written
 from engine.folder_lock import hold, release
 from engine.log import say
 from engine.whole_files import TEMPORARY
+from engine.write_failures import why_not_written
 
 LOCK = ".run.lock"
 

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.errors import RunError
-from engine.failures import could_not_write
+from engine.errors import EngineError, RunError
+from engine.write_failures import could_not_write, why_not_written
 
 TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
 
@@ -65,6 +66,21 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         write_whole(path, write)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         raise RunError(f"{could_not_write(path, error)}: free some space or check the folder") from None
+
+
+def require_writable(place: Path) -> None:
+    """See before the work starts that a file or folder can be made; nothing is left behind.
+
+    Raises:
+        EngineError: the folder for it is read-only, or may not be written, or its disk is full.
+    """
+    folder = next(parent for parent in Path(os.path.abspath(place)).parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = why_not_written(place, error)
+        raise EngineError(f"{place} cannot be written ({why}): choose another place") from None
 
 
 def flush(path: Path) -> None:

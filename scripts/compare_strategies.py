@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> None:
         raise DataError(f"no runs in {args.runs}: scripts/compare_strategies.sh makes them")
     rows = [read_run(folder) for folder in folders]
     table = strategies_table(rows, args.heading)
-    args.output.mkdir(parents=True, exist_ok=True)
     with open_atomic(args.output / "strategies.md") as file:
         file.write(table)
-    (args.output / "strategies.png").write_bytes(draw_strategies(rows, args.heading))
+    with open_atomic(args.output / "strategies.png", binary=True) as file:
+        file.write(draw_strategies(rows, args.heading))
     print(table)
     print(f"wrote {args.output / 'strategies.md'} and {args.output / 'strategies.png'}")
 

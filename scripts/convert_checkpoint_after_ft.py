@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from data.errors import DataError
     from engine.weights import read_state_dict
+    from engine.whole_files import require_writable
     from models.vle.loading import unwrap_names
 
     checkpoint, output = Path(args.checkpoint), Path(args.output)
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     target = output / WEIGHTS_FILE if is_folder else output
     if target.exists() and not args.overwrite:
         raise DataError(f"{target} exists: give another output, or --overwrite")
+    require_writable(target)
     state, strangers = unwrap_names(read_state_dict(checkpoint, model_key="state_dict|model|module"))
     for name in strangers:
         print(f"left out {name}: no weight of VLE")
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _write_checked(state: dict, model_dir: Path, target: Path, *, with_files: bool) -> None:
     """Load the weights into the model of ``model_dir`` first: what is written, fits."""
+    from data.files import open_atomic
     from data.vqa_answers import AnswerVocabulary
     from models.loading import load_weights
     from models.vle.loading import prepare_vle_state_dict, published_state_dict
@@ -83,7 +86,8 @@ def _write_checked(state: dict, model_dir: Path, target: Path, *, with_files: bo
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     if with_files:
         for name, content in folder_files(folder, AnswerVocabulary(config.labels)).items():
-            (target.parent / name).write_bytes(content)
+            with open_atomic(target.parent / name, binary=True) as file:
+                file.write(content)
     _write(published_state_dict(model.state_dict(), config), target)
 
 

@@ -72,6 +72,7 @@ def _fetch_all(
 
     from data.image_fetching import FetchError, fetch_image
     from engine.errors import RunError
+    from engine.write_failures import could_not_write
 
     stopped = threading.Event()
 
@@ -92,7 +93,7 @@ def _fetch_all(
                         reasons[image.file_name] = str(error)
                     except OSError as error:
                         raise RunError(
-                            f"cannot write {folder / image.file_name} ({error.strerror}): free some space or choose "
+                            f"{could_not_write(folder / image.file_name, error)}: free some space or choose "
                             "another --output, then run the same command again; what is there is kept"
                         ) from None
         finally:

@@ -21,6 +21,7 @@ from data.loader import build_eval_loader
 from engine import distributed, stop
 from engine.errors import EngineError, RunError, Stopped
 from engine.log import say
+from engine.write_failures import why_not_written
 from models.errors import ModelError
 from scripts.llava_folder import LlavaFolder
 
@@ -244,10 +245,10 @@ class _PartWriter:
         try:
             self._cache.add(self._files, torch.cat(self._features))
         except OSError as error:
-            needed = self._num_images * self._cache.kind.num_bytes
+            needed, why = self._num_images * self._cache.kind.num_bytes, why_not_written(self._cache.folder, error)
             raise RunError(
                 f"could not write the features of {len(self._files)} images to --feature_cache {self._cache.folder} "
-                f"({error.strerror or error}): those of this start need {needed:,} bytes; free some space, then the "
+                f"({why}): those of this start need {needed:,} bytes; free some space, then the "
                 "same command goes on, or give another folder"
             ) from None
         self._files, self._features = [], []

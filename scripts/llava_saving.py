@@ -24,9 +24,9 @@ from data.tokenizers.llama import ADDED_FILE, MODEL_FILE, LlamaTokenizer
 from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
 from engine.backend import WeightsFormat, trained_names
 from engine.errors import RunError
-from engine.failures import could_not_write, why_not_written
 from engine.weights import read_state_dict
 from engine.whole_files import write_whole
+from engine.write_failures import could_not_write, why_not_written
 from models.errors import ModelError
 from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
 from scripts.llava_folder import (

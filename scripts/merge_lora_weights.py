@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from engine.whole_files import require_writable
     from models.lora import merge_adapters
     from scripts.llava_folder import read_llava_folder
     from scripts.llava_saving import check_output, save_full_model
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         if output.resolve() == source.resolve():
             raise DataError(f"--save-model-path {output} is an input itself: give another folder")
     check_output(output, overwrite=args.overwrite)
+    require_writable(output)
     if args.model_path.is_dir() and not (args.model_path / "adapter_config.json").exists():
         raise DataError(f"{args.model_path} has no adapter_config.json, so there is nothing to merge: give an adapter")
     dtype = getattr(torch, args.dtype)

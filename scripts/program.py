@@ -8,11 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 from data.errors import DataError
 from engine.errors import EngineError, RunError, Stopped
+from engine.write_failures import is_full_disk, is_refused, why_not_written
 from models.errors import ModelError
 
 INPUT_ERRORS = (DataError, EngineError, ModelError)
@@ -68,6 +70,8 @@ def _call(main: Callable[[], None]) -> _Outcome:
         return _Outcome(1)
     except KeyboardInterrupt:
         return _Outcome(130, "stopped by Ctrl-C")
+    except OSError as error:
+        return _of_the_file_system(error)
     except Exception as error:
         return _Outcome(1, _describe(error))
     return _Outcome(0)
@@ -86,17 +90,27 @@ def _leave_children_alone(main: Callable[[], None]) -> None:
         raise
 
 
+def _of_the_file_system(error: OSError) -> _Outcome:
+    """A full disk, a vanished network share are run-time failures; a place that is not for us to use is input."""
+    from engine.failures import explain  # imports torch, which a program may do without until here
+
+    line = explain(error)
+    if line is not None:
+        return _Outcome(1, f"error: {line}")
+    name = str(error.filename or "a file")
+    why = why_not_written(Path(name), error)
+    if is_refused(error):
+        return _Outcome(2, f"error: cannot use {name} ({why}): choose another place, or make it accessible")
+    if is_full_disk(error):
+        return _Outcome(1, f"error: could not write {name} ({why}): free some space, then run the same command again")
+    return _Outcome(1, f"error: cannot use {name} ({why}): check the path, then run the same command again")
+
+
 def _describe(error: Exception) -> str:
     """Known failures of the surroundings get one line, the rest a traceback."""
     from engine.failures import explain  # imports torch, which a program may do without until here
 
     line = explain(error)
-    if line is None and isinstance(error, OSError):
-        # a full disk, a vanished network share: the file system said no while we worked
-        line = (
-            f"{error.strerror or error}: {error.filename or 'file'} "
-            "(free some space or check the path, then run the same command again)"
-        )
     if line is not None:
         return f"error: {line}"
     traceback.print_exception(error)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data.errors import DataError
-from data.files import iterate_jsonl, read_json
+from data.files import iterate_jsonl, open_atomic, read_json
 from scripts.arguments import OneLineParser
 from scripts.program import run
 
@@ -83,10 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.output.exists() and not args.overwrite:  # perhaps the published tokenizer, which nobody could train again
         raise DataError(f"--output {args.output} exists: give --overwrite or another --output")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_bytes(model)
-    os.replace(partial, args.output)
+    with open_atomic(args.output, binary=True) as file:
+        file.write(model)
     print(f"{args.output}: {pieces} pieces from {len(texts)} texts")
 
 

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
 
     from engine.errors import EngineError
-    from engine.whole_files import write_weights
+    from engine.whole_files import require_writable, write_weights
     from engine.zero_files import find_zero_folder, read_whole_weights, strip_wrappers
 
     output = Path(args.output_file)
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         raise EngineError(f"{output} exists: give another file, or --overwrite")
     if not output.absolute().parent.is_dir():
         raise EngineError(f"there is no folder {output.parent} to write {output.name} into: make it first")
+    require_writable(output)
     folder = find_zero_folder(Path(args.checkpoint_dir), args.tag)
     weights = strip_wrappers(read_whole_weights(folder, tell=lambda line: print(f"{folder}: {line}")))
     if args.debug:

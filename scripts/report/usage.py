@@ -77,7 +77,8 @@ def write_usage(folder: Path, usage: Usage) -> None:
     write_json_atomic(
         folder / f"{usage.stem}.json", {**asdict(usage), "mean_used": round(usage.mean_used, 4)}, indent=1
     )
-    _write_bytes(folder / f"{usage.stem}.png", draw_heatmap(usage))
+    with open_atomic(folder / f"{usage.stem}.png", binary=True) as handle:
+        handle.write(draw_heatmap(usage))
 
 
 def write_usage_page(folder: Path, *, newest: Usage | None = None, title: str = "") -> None:
@@ -227,15 +228,6 @@ def _png(figure: Any) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": None})  # the same bytes whatever the version
     return picture.getvalue()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _image(content: bytes, text: str) -> str:

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -126,6 +127,27 @@ def test_the_name_appears_only_when_the_block_ends(tmp_path):
         handle.write("text")
         assert not (tmp_path / "a.txt").exists()
     assert (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file_and_the_older_one_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json_atomic(path, 1)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_json_atomic(path, 2)
+    assert error.value.filename == str(path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["1\n"]
+
+
+def test_a_folder_that_is_a_file_is_told_by_its_own_name(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as error:
+        write_json_atomic(tmp_path / "file" / "a.json", 2)
+    assert error.value.filename == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize("relative", ["a.jpg", "train2014/a.jpg", "./a.jpg", "a..b/c.jpg", "..a/b.jpg"])

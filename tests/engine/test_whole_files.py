@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.errors import RunError
-from engine.failures import could_not_write
-from engine.whole_files import write_text, write_weights, write_whole
+from engine.errors import EngineError, RunError
+from engine.whole_files import require_writable, write_text, write_weights, write_whole
+from engine.write_failures import could_not_write
 
 
 @pytest.fixture
@@ -67,6 +67,14 @@ def test_weights_are_written_by_the_ending_of_the_name(tmp_path, name):
     assert (tmp_path / name).stat().st_size < 3000
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work_and_a_good_one_left_empty(tmp_path):
+    require_writable(tmp_path / "new" / "folder" / "model.pth")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"file/model.pth cannot be written \(.+\): choose another place"):
+        require_writable(tmp_path / "file" / "model.pth")
+
+
 Room = namedtuple("Room", "f_bavail f_frsize")
 FULL, ROOMY = Room(1, 4096), Room(1 << 30, 4096)
 
@@ -108,6 +116,12 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system is not allowed here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_disk_is_refused_before_the_work(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(EngineError, match=r"model.pth cannot be written \(Read-only file system\): choose another"):
+        require_writable(small_disk / "model.pth")
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])

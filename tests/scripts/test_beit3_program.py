@@ -1,5 +1,6 @@
 """The fine-tuning program from end to end, in this process or in several."""
 
+import errno
 import functools
 import json
 import shutil
@@ -545,14 +546,30 @@ def test_help_is_quick_and_needs_no_torch(name):
     assert done.stderr == ""
 
 
-def test_a_run_time_failure_is_exit_code_1_and_one_line(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full"),
+            1,
+            "could not write /full (the disk is full): free",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "could not write a file (the disk is full): free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/a"), 1, "could not write /a (the disk quota is used up): free"),
+        (OSError(errno.ESTALE, "Stale file handle", "/share"), 1, "cannot use /share (Stale file handle): check"),
+        (OSError(errno.EROFS, "Read-only file system", "/usr"), 2, "cannot use /usr (Read-only file system): choose"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "cannot use /x (Permission denied): choose"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"), 2, "cannot use /a/b (Not a directory): choose"),
+    ],
+)
+def test_a_failure_of_the_file_system_is_one_line_and_the_exit_code_says_who_can_mend_it(capsys, error, code, line):
     def main():
-        raise OSError(28, "No space left on device", "/full")
+        raise error
 
     with pytest.raises(SystemExit) as left:
         run(main)
-    assert left.value.code == 1
-    assert "No space left on device: /full" in the_error_line(capsys.readouterr().err)
+    assert left.value.code == code
+    assert line in the_error_line(capsys.readouterr().err)
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(capsys):

@@ -476,7 +476,7 @@ def test_a_full_disk_ends_with_what_is_needed(work, capsys, monkeypatch, place):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(llava_features.os, "fsync", full)
-        message = rf"could not write the features .* \(No space left on device\): .* need {needed:,} bytes; free some"
+        message = rf"could not write the features .* \(the disk is full\): .* need {needed:,} bytes; free some"
     code, line = failure(capsys, work.flags("run"), program)
     assert code == 1, line
     assert re.search(message, line), line
