@@ -18,14 +18,12 @@ from data.transforms import normalize
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_dataset import VQACollate, VQADataset
 from data.vqa_index import ANSWER_FILE, SPLIT_FILES, VQARecord, check_tokenizer_stamp, read_vqav2_split
-from engine import distributed
-from engine.log import peak_mib, say
+from engine.log import say
 from models.losses import vqa_loss
 from scripts import loaders
 from scripts.beit3_loaders import image_reader
 from scripts.beit3_model import find_answers
-from scripts.evaluation_files import open_partial_results
-from scripts.vqa_evaluation import evaluate, predict, read_annotations, with_shuffled_images, write_results
+from scripts.vqa_evaluation import answer_split, evaluate, with_shuffled_images
 
 LABELLED_SPLITS = ("train", "val", "val2014")
 BEST_METRIC = "score"
@@ -165,36 +163,24 @@ def run_evaluation(
     records = read_split(args, args.eval_split, tokenizer, answers)
     if args.shuffle_images:
         records = with_shuffled_images(records, args.seed)
-    annotations = read_annotations(args.annotations, records) if args.annotations else None
-    if args.dry_run:
-        records = records[: 2 * args.eval_batch_size * distributed.world_size()]
-    say(f"{args.eval_split}: {len(records)} questions")
     name = f"{args.task}_{Path(args.eval_split).stem}" + ("_shuffled_images" if args.shuffle_images else "")
-    kept = open_partial_results(
+    image_size = model.config.image_size
+
+    def loader(records: list[VQARecord], done: list[int]) -> EvalLoader:
+        return build_loader(
+            args, records, tokenizer, len(answers), image_size=image_size, train=False, device=device, done=done
+        )
+
+    answer_split(
         args,
-        name,
-        [record.question_id for record in records],
-        records=records,
-        answers=answers.answers,
-        tokenizer=tokenizer.fingerprint,
-        image_size=model.config.image_size,
-        device=device,
-    )
-    done = [place for place, record in enumerate(records) if record.question_id in kept.found]
-    loader = build_loader(
-        args,
+        model,
         records,
-        tokenizer,
-        len(answers),
-        image_size=model.config.image_size,
-        train=False,
+        name,
+        answers,
+        loader,
+        tokenizer=tokenizer.fingerprint,
+        image_size=image_size,
+        forward=_forward,
         device=device,
-        done=done,
+        autocast=autocast,
     )
-    predictions = predict(model, loader, kept, forward=_forward, device=device, autocast=autocast)
-    if args.dry_run:
-        say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
-        return
-    if distributed.is_main():
-        write_results(args, name, records, predictions, answers, annotations)
-    kept.remove()

@@ -29,15 +29,14 @@ from data.vlbert_vqa import (
 )
 from data.zip_folder import ZipFolder
 from engine import distributed
-from engine.log import RunLog, peak_mib, say
+from engine.log import RunLog, say
 from models.adaptive import constrain_k_loss, deterministic_policy_loss
 from models.losses import vqa_loss
 from models.vlbert.adaptive_vqa import AdaptiveVQA
-from scripts.evaluation_files import open_partial_results
 from scripts.loaders import build_loader
 from scripts.report.usage import make_usage, write_usage, write_usage_page
 from scripts.vlbert_model import ANSWERS, Vocabularies, longest_question
-from scripts.vqa_evaluation import evaluate, predict, read_annotations, target_scores, write_results
+from scripts.vqa_evaluation import answer_split, evaluate, target_scores
 
 BEST_METRIC = "score"
 PICTURES = "visualizations"
@@ -340,35 +339,27 @@ def run_prediction(
     A prediction that was stopped goes on. A dry run predicts two batches and writes nothing.
     """
     records = records_of(args, split_questions(args, args.eval_split), words)
-    annotations = read_annotations(args.annotations, records) if args.annotations else None
-    if args.dry_run:
-        records = records[: 2 * args.eval_batch_size * distributed.world_size()]
-    split = Path(args.eval_split).stem
-    say(f"{split}: {len(records)} questions")
-    name = f"{args.result_name or args.config_name}_{args.task}2_{split}"
-    ids = [record.question_id for record in records]
-    kept = open_partial_results(
+    name = f"{args.result_name or args.config_name}_{args.task}2_{Path(args.eval_split).stem}"
+    counter = _Counter(model.config.encoder.num_decisions, device)
+
+    def loader(records: list[VLBertRecord], done: list[int]) -> EvalLoader:
+        return question_loader(args, records, len(words.answers), train=False, device=device, done=done)
+
+    answer_split(
         args,
+        model,
+        records,
         name,
-        ids,
-        records=records,
-        answers=words.answers.answers,
+        words.answers,
+        loader,
         tokenizer=words.tokenizer.fingerprint,
         image_size=args.config["SCALES"][0],
+        forward=_observed_forward,
+        observe=counter,
+        submission_name=f"{name}.json",
         device=device,
-    )
-    done = [place for place, question_id in enumerate(ids) if question_id in kept.found]
-    loader = question_loader(args, records, len(words.answers), train=False, device=device, done=done)
-    counter = _Counter(model.config.encoder.num_decisions, device)
-    predictions = predict(
-        model, loader, kept, forward=_observed_forward, observe=counter, device=device, autocast=autocast
+        autocast=autocast,
     )
     counts, samples = counter.result()
-    if args.dry_run:
-        say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
-        return
-    if distributed.is_main():
-        write_results(args, name, records, predictions, words.answers, annotations, submission_name=f"{name}.json")
-        if samples == len(records):  # nothing was known from before a stop
-            print(f"decisions: {sum(counts) / samples:.2f} of {len(counts)} chosen per question")
-    kept.remove()
+    if samples == len(records) and distributed.is_main() and not args.dry_run:  # nothing was known from before a stop
+        print(f"decisions: {sum(counts) / samples:.2f} of {len(counts)} chosen per question")

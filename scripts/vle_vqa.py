@@ -21,13 +21,11 @@ from data.vle_rows import read_labels
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_dataset import VQACollate, VQADataset
 from data.vqa_index import VQARecord
-from engine import distributed
-from engine.log import peak_mib, say
+from engine.log import say
 from models.losses import vqa_loss
-from scripts.evaluation_files import open_partial_results
 from scripts.loaders import build_loader
 from scripts.vle_model import VLEFolder
-from scripts.vqa_evaluation import evaluate, predict, read_annotations, with_shuffled_images, write_results
+from scripts.vqa_evaluation import answer_split, evaluate, with_shuffled_images
 
 BEST_METRIC = "score"
 # split → row files
@@ -185,38 +183,24 @@ def run_evaluation(
     records = source = read_split(args, args.eval_split, folder.tokenizer, answers)
     if args.shuffle_images:
         records = with_shuffled_images(list(records), args.seed)
-    annotations = read_annotations(args.annotations, list(records)) if args.annotations else None
-    if args.dry_run:
-        records = records[: 2 * args.eval_batch_size * distributed.world_size()]
-    say(f"{args.eval_split}: {len(records)} questions")
     name = f"{args.task}_{Path(args.eval_split).stem}" + ("_shuffled_images" if args.shuffle_images else "")
-    ids = [record.question_id for record in records]
-    kept = open_partial_results(
+
+    def loader(records: Sequence[VQARecord], done: list[int]) -> EvalLoader:
+        return question_loader(
+            args, records, folder, len(answers), train=False, device=device, done=done, images_of=source
+        )
+
+    answer_split(
         args,
+        model,
+        records,
         name,
-        ids,
-        records=records,
-        answers=answers.answers,
+        answers,
+        loader,
         tokenizer=folder.tokenizer.fingerprint,
         image_size=model.config.vision.image_size,
-        device=device,
-    )
-    done = [place for place, question_id in enumerate(ids) if question_id in kept.found]
-    loader = question_loader(
-        args, records, folder, len(answers), train=False, device=device, done=done, images_of=source
-    )
-    predictions = predict(
-        model,
-        loader,
-        kept,
         forward=partial(forward, images=folder.images),
         probabilities=softmax,
         device=device,
         autocast=autocast,
     )
-    if args.dry_run:
-        say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
-        return
-    if distributed.is_main():
-        write_results(args, name, list(records), predictions, answers, annotations)
-    kept.remove()

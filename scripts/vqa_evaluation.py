@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from data.loader import EvalLoader
 from data.metrics.vqa import submission_entries, vqa_accuracy
 from data.vqa_answers import AnswerVocabulary
 from data.vqa_index import VQARecord
+from engine import distributed
 from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
-from engine.log import say
+from engine.log import peak_mib, say
 from engine.partial_results import PartialResults
 from scripts import loaders
-from scripts.evaluation_files import clear_temporaries
+from scripts.evaluation_files import clear_temporaries, open_partial_results
 
 NUM_TOP_ANSWERS = 5
 Forward = Callable[[nn.Module, dict[str, Any]], Tensor]  # (model, batch) → (B, answers) logits
@@ -108,10 +109,69 @@ def predict(
     return kept.gather()
 
 
+def answer_split(
+    args: argparse.Namespace,
+    model: nn.Module,
+    records: Sequence[Any],
+    name: str,
+    answers: AnswerVocabulary,
+    build_loader: Callable[[Sequence[Any], list[int]], EvalLoader],
+    *,
+    tokenizer: str,
+    image_size: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    submission_name: str | None = None,
+    **predicting: Any,
+) -> None:
+    """Predict a split and write its results (``write_results``).
+
+    What a stopped evaluation had predicted is kept in hidden files of the output folder until the results are written.
+    A dry run predicts two batches and writes nothing.
+
+    Args:
+        args: of the program.
+        model: what answers.
+        records: the questions.
+        name: task and split, for the names of the results.
+        answers: what the labels mean.
+        build_loader: records and the places of those that are done already → the loader.
+        tokenizer: its fingerprint.
+        image_size: side in pixels.
+        device: where the model runs.
+        autocast: gives the context of its precision.
+        submission_name: as in ``write_results``.
+        predicting: ``forward`` and whatever else ``predict`` takes.
+    """
+    annotations = read_annotations(args.annotations, records) if args.annotations else None
+    if args.dry_run:
+        records = records[: 2 * args.eval_batch_size * distributed.world_size()]
+    say(f"{args.eval_split}: {len(records)} questions")
+    ids = [record.question_id for record in records]
+    kept = open_partial_results(
+        args,
+        name,
+        ids,
+        records=records,
+        answers=answers.answers,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        device=device,
+    )
+    loader = build_loader(records, [place for place, question_id in enumerate(ids) if question_id in kept.found])
+    predictions = predict(model, loader, kept, device=device, autocast=autocast, **predicting)
+    if args.dry_run:
+        say(f"dry run: {len(predictions)} questions answered, nothing written; peak memory {peak_mib(device):.0f} MiB")
+        return
+    if distributed.is_main():
+        write_results(args, name, records, predictions, answers, annotations, submission_name=submission_name)
+    kept.remove()
+
+
 def write_results(
     args: argparse.Namespace,
     name: str,
-    records: list[VQARecord],
+    records: Sequence[Any],
     predictions: dict[int, dict[str, Any]],
     answers: AnswerVocabulary,
     annotations: list[dict[str, Any]] | None,
@@ -160,7 +220,7 @@ def with_shuffled_images(records: list[VQARecord], seed: int) -> list[VQARecord]
     return [replace(record, image_path=other[record.image_path]) for record in records]
 
 
-def read_annotations(path: str, records: list[VQARecord]) -> list[dict[str, Any]]:
+def read_annotations(path: str, records: Iterable[Any]) -> list[dict[str, Any]]:
     """Annotations of the questions to be evaluated; the file may cover more (val2014 beside 1000 images)."""
     content = read_json(path)
     rows = content.get("annotations") if isinstance(content, dict) else content
