@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scripts.arguments import OneLineParser, number, positive_int
 from scripts.program import run
@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.family == "vlbert" and args.model:
         parser.error("--model is not for vlbert: --cfg says the size")
 
-    rows = [(f"{args.family} {_name(args)}".strip(), args)] if args.family != "all" else list(_published(parser, args))
+    rows = [(f"{args.family} {_name(args)}".strip(), args)]
+    if args.family == "all":
+        rows = [(label, parser.parse_args([*words.split(), "--amp", args.amp])) for label, words in PUBLISHED.items()]
     head = f"| run | batch | weights and optimizer | peak | {' | '.join(f'{card} GB' for card in args.cards)} |"
     head += "\n" + "|---" * (4 + len(args.cards)) + "|"
     for name, one in rows:
@@ -108,27 +110,22 @@ def _name(args: argparse.Namespace) -> str:
     return " ".join(word for word in words if word)
 
 
-def _published(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
-    """Label and flags of the rows of the docs."""
-    runs = {
-        "BEiT-3 base 480, VQAv2": "beit3",
-        "BEiT-3 base 480, captioning": "beit3 --task coco_captioning --batch_size 32 --words 32 "
-        "--checkpoint_activations",
-        "BEiT-3 large 480, VQAv2": "beit3 --model beit3_large_patch16_480",
-        "BEiT-3 large 480, VQAv2, recomputing": "beit3 --model beit3_large_patch16_480 --checkpoint_activations",
-        "VLE base 384": "vle",
-        "VLE large 384": "vle --model vle-large",
-        "VL-BERT base, Standard": "vlbert --cfg cfgs/vqa/base_4X16G_fp32.yaml",
-        "VL-BERT base, SpotTune": "vlbert --cfg cfgs/vqa/base_spottune.yaml",
-        "VL-BERT base, SpotTune_Block": "vlbert --cfg cfgs/vqa/base_spottune_block.yaml",
-        "VL-BERT base, BlockDrop": "vlbert --cfg cfgs/vqa/base_blockdrop.yaml",
-        "VL-BERT large, Standard": "vlbert --cfg cfgs/vqa/large_4X16G_fp32.yaml",
-        "LLaVA-1.5 7B, LoRA r = 128": "llava",
-        "LLaVA-1.5 7B, LoRA r = 128, recomputing": "llava --checkpoint_activations",
-        "LLaVA-1.5 13B, LoRA r = 128, recomputing": "llava --model 13b --checkpoint_activations",
-    }
-    for label, words in runs.items():
-        yield label, parser.parse_args([*words.split(), "--amp", args.amp])
+PUBLISHED = {  # label in the docs → flags
+    "BEiT-3 base 480, VQAv2": "beit3",
+    "BEiT-3 base 480, captioning": "beit3 --task coco_captioning --batch_size 32 --words 32 --checkpoint_activations",
+    "BEiT-3 large 480, VQAv2": "beit3 --model beit3_large_patch16_480",
+    "BEiT-3 large 480, VQAv2, recomputing": "beit3 --model beit3_large_patch16_480 --checkpoint_activations",
+    "VLE base 384": "vle",
+    "VLE large 384": "vle --model vle-large",
+    "VL-BERT base, Standard": "vlbert --cfg cfgs/vqa/base_4X16G_fp32.yaml",
+    "VL-BERT base, SpotTune": "vlbert --cfg cfgs/vqa/base_spottune.yaml",
+    "VL-BERT base, SpotTune_Block": "vlbert --cfg cfgs/vqa/base_spottune_block.yaml",
+    "VL-BERT base, BlockDrop": "vlbert --cfg cfgs/vqa/base_blockdrop.yaml",
+    "VL-BERT large, Standard": "vlbert --cfg cfgs/vqa/large_4X16G_fp32.yaml",
+    "LLaVA-1.5 7B, LoRA r = 128": "llava",
+    "LLaVA-1.5 7B, LoRA r = 128, recomputing": "llava --checkpoint_activations",
+    "LLaVA-1.5 13B, LoRA r = 128, recomputing": "llava --model 13b --checkpoint_activations",
+}
 
 
 def build_step(args: argparse.Namespace, batch_size: int) -> "Step":

@@ -48,6 +48,7 @@ PARSERS = {
     "scripts/download_images.py": "scripts.download_images:build_parser",
     "scripts/draw_scenes.py": "scripts.draw_scenes:build_parser",
     "scripts/export_adapter.py": "scripts.export_adapter:build_parser",
+    "scripts/forecast.py": "scripts.forecast:build_parser",
     "scripts/format_dataset_for_llava.py": "scripts.format_dataset_for_llava:build_parser",
     "scripts/format_result_for_submission.py": "scripts.format_result_for_submission:build_parser",
     "scripts/main.py": "scripts.baseline_args:build_parser",
@@ -198,7 +199,7 @@ def parse_with_real_parser(words: list[str], command: str) -> None:
         raise AssertionError(f"the parser of {path} refuses {command!r}") from None
     if path == "run_beit3_finetuning.py":
         assert args.task in OFFERED_TASKS, f"{command!r} asks for a task that is not offered"
-    if getattr(args, "model", None):
+    if getattr(args, "model", None) and getattr(args, "family", "beit3") == "beit3":
         beit3_config(args.model, getattr(args, "task", "vqav2"), image_size=getattr(args, "input_size", None))
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from scripts.forecast import main, predict
+from scripts.forecast import PUBLISHED, main, predict
 from scripts.forecast_models import SHAPES_ONLY, Step
 from tests.helpers import ROOT
 from tests.scripts.bad_inputs import failure
@@ -18,7 +19,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "beit3", pytest.param("captioning", marks=slow), "vle", "Standard", "SpotTune",
+        "beit3", pytest.param("captioning", marks=slow), "vle", pytest.param("Standard", marks=slow), "SpotTune",
         pytest.param("SpotTune_Block", marks=slow), pytest.param("BlockDrop", marks=slow), "llava",
     ],
 )  # fmt: skip
@@ -87,3 +88,27 @@ def test_what_cannot_be_predicted_is_one_line_and_exit_code_2(flags, message, ca
     code, line = failure(capsys, flags, lambda *words: main(list(words)))
     assert code == 2
     assert re.search(message, line)
+
+
+def table_of_the_docs():
+    lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| run | batch |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :])
+    return {row.split("|")[1].strip(): row for row in rows}
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "VL-BERT base, Standard",
+        *(pytest.param(label, marks=slow) for label in PUBLISHED if "base, Standard" not in label),
+    ],
+)
+def test_the_table_of_the_docs_is_what_is_predicted(label, capsys):
+    main([*PUBLISHED[label].split()])
+    _, _, row = capsys.readouterr().out.splitlines()
+    assert row.split("|")[2:] == table_of_the_docs()[label].split("|")[2:]
+
+
+def test_the_table_of_the_docs_has_every_published_recipe():
+    assert list(table_of_the_docs()) == list(PUBLISHED)
