@@ -91,7 +91,7 @@ def test_sides_that_compute_something_else_are_not_timed(tmp_path):
     assert "failed: vle_text on cpu" in done.stderr
     content = read_json(tmp_path / "cpu.json")
     assert "outputs differ by" in content["failures"]["vle_text"]
-    assert [row["job"] for row in content["rows"]] == ["boxes"]  # the others go on
+    assert [row["job"] for row in content["rows"]] == ["boxes", "boxes"]  # the others go on, with all their rows
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
