@@ -121,12 +121,9 @@ class RunLog:
         )
         say(shown)
         _append(self._folder, "metrics.jsonl", row)
-        if self._tensorboard is not None:
-            for key, value in row.items():
-                if key not in ("step", "epoch"):
-                    group = "train" if key in ("loss", "acc") else "opt"
-                    self._tensorboard.add_scalar(f"{group}/{key}", value, int(row["step"]))
-            self._tensorboard.flush()
+        group_of = {"loss": "train", "acc": "train"}
+        numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
+        self._draw({f"{group_of.get(key, 'opt')}/{key}": value for key, value in numbers.items()}, int(row["step"]))
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Append the epoch's object to ``log.txt`` (keys in the original's order) and say it."""
@@ -134,10 +131,16 @@ class RunLog:
             return
         say("epoch done: " + _json(row))
         _append(self._folder, "log.txt", row)
-        if self._tensorboard is not None:
-            for key, value in row.items():
-                if key.startswith("val_"):
-                    self._tensorboard.add_scalar(f"perf/{key.removeprefix('val_')}", value, row["epoch"])
+        scores = {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
+        self._draw({f"perf/{key}": value for key, value in scores.items()}, row["epoch"])
+
+    def _draw(self, values: dict[str, float], step: int) -> None:
+        """Values for TensorBoard."""
+        if self._tensorboard is None:
+            return
+        with _writing(Path(self._tensorboard.log_dir)):
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
 
     def close(self) -> None:

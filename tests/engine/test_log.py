@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import re
@@ -106,6 +107,18 @@ def test_tensorboard_gets_the_original_s_tags(tmp_path):
     assert set(events.Tags()["scalars"]) >= tags
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5)]
     assert events.Scalars("perf/score")[0].value == 61.5
+
+
+def test_a_full_disk_is_told_with_tensorboard_s_folder(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, tmp_path / "tb")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log._tensorboard, "add_scalar", full)
+    with pytest.raises(RunError, match=r"could not write .*tb \(the disk is full\): free some space"):
+        write(log)
+    log.close()
 
 
 def test_a_tensorboard_folder_that_cannot_be_made_is_refused(tmp_path):
