@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from models.config_values import ConfigTable, is_fraction, is_positive_int, is_positive_number
 from models.errors import ModelError
-from models.linear import Linear
+from models.linear import Linear, linear
 from models.quantized import QuantizedLinear, QuantizedWeight
 
 PEFT_PREFIX = "base_model.model."
@@ -146,6 +146,46 @@ def _fits(rule: tuple[str, ...] | str, name: str) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in rule)
 
 
+class _DroppedProduct(torch.autograd.Function):
+    """dropout(x) A^T, which keeps x, that others keep as well, and a mask of a byte a value; no dropped copy of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dropout: float) -> Tensor:
+        dropped, mask = torch.native_dropout(x, dropout, True)  # noqa: FBT003 (no keyword)
+        ctx.save_for_backward(x, mask, weight)
+        ctx.scale = 1 / (1 - dropout)
+        return linear(dropped if torch.is_autocast_enabled(x.device.type) else dropped.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, mask, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            product = linear(grad, weight.to(grad.dtype).t())
+            grad_x = torch.ops.aten.native_dropout_backward(product, mask, ctx.scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dropped = torch.ops.aten.native_dropout_backward(x, mask, ctx.scale).to(grad.dtype)
+            rows = grad.flatten(0, -2).t().contiguous()
+            grad_weight = linear(rows, dropped.flatten(0, -2).t()).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class _Down(Linear):
+    """A, behind dropout in training."""
+
+    def __init__(self, *sizes: int, dropout: float, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self._dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._dropout:
+            return _DroppedProduct.apply(x, self.weight, self._dropout)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself, and would undo it
+            x = x.to(self.weight.dtype)
+        return super().forward(x)
+
+
 class LoRALinear(Linear):
     """A frozen linear layer with a low-rank change: y = W x + b + scale B A dropout(x)."""
 
@@ -156,18 +196,16 @@ class LoRALinear(Linear):
         self.weight, self.bias = base.weight, base.bias
         for parameter in base.parameters():
             parameter.requires_grad_(False)
-        self.lora_A = Linear(base.in_features, config.r, bias=False, device=base.weight.device)
+        device, dropout = base.weight.device, config.lora_dropout
+        self.lora_A = _Down(base.in_features, config.r, bias=False, device=device, dropout=dropout)
         self.lora_B = Linear(config.r, base.out_features, bias=False, device=base.weight.device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self._dropout, self._scale = config.lora_dropout, config.scale
+        self._scale = config.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        low = F.dropout(x, self._dropout, self.training)
-        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself, and would undo it
-            low = low.to(self.lora_A.weight.dtype)
-        change = self.lora_B(self._scale * self.lora_A(low))  # scaled where it is narrow
+        change = self.lora_B(self._scale * self.lora_A(x))  # scaled where it is narrow
         frozen = self.weight(x, self.bias) if isinstance(self.weight, QuantizedWeight) else super().forward(x)
         return frozen + change.to(frozen.dtype)
 
