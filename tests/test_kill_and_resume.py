@@ -107,7 +107,7 @@ def relative_tree(folder: Path) -> dict[str, str]:
     return {str(Path(path).relative_to(folder)): checksum for path, checksum in tree(folder).items()}
 
 
-@pytest.mark.parametrize("seed", spread([(seed,) for seed in range(10)], lambda seed: seed < 4))
+@pytest.mark.parametrize("seed", spread([(seed,) for seed in range(10)], lambda seed: seed in (0, 3)))
 def test_a_run_killed_at_a_random_time_ends_with_the_same_weights_when_started_again(nursery, tmp_path, seed):
     draw = random.Random(seed)
     name = ["one", "ddp", "zero1", "zero2"][seed % 4]
