@@ -124,7 +124,7 @@ def open_atomic(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk tells no name
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):  # a full disk: None
             error.filename = str(path)
         raise
     _sync_folder(path.parent)

@@ -103,6 +103,9 @@ def pad_boxes(boxes: Sequence[Tensor], features: Sequence[Sequence[np.ndarray]] 
 
     With ``features``, for each image arrays whose rows together are its K ones, they stand behind the boxes. Nothing
     else copies them on the way from the disk.
+
+    Raises:
+        DataError: another number of features than boxes.
     """
     width = boxes[0].shape[1] + (features[0][0].shape[-1] if features else 0)
     batch = np.empty((len(boxes), max(map(len, boxes)), width), np.float32)
@@ -112,5 +115,7 @@ def pad_boxes(boxes: Sequence[Tensor], features: Sequence[Sequence[np.ndarray]] 
         for part in features[place] if features else ():
             batch[place, first : first + len(part), rows.shape[1] :] = part
             first += len(part)
+        if features and first != len(rows):
+            raise DataError(f"{len(rows)} boxes with features of {first}: pack the regions of this image again")
         batch[place, len(rows) :] = PADDING
     return torch.from_numpy(batch)

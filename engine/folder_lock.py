@@ -51,7 +51,8 @@ def hold(path: Path, folder: Path, *, what: str = "run", way_out: str = "choose 
 
                 why = f"cannot be locked here ({error.strerror})"
                 say(f"warning: {folder} {why}: let no other {what} write into it meanwhile")
-                path.unlink(missing_ok=True)
+                if not holder:  # else somebody could lock it, on another machine perhaps
+                    path.unlink(missing_ok=True)
                 return
             who = f" ({' '.join(holder.split())})" if holder.strip() else ""
             raise EngineError(f"another {what}{who} writes into {folder}: wait for it, stop it, or {way_out}") from None
@@ -69,8 +70,9 @@ def release(path: Path) -> None:
     handle, owner = _held.pop(path.resolve(), (None, None))
     if owner != os.getpid():  # a copy of the process that took it
         return
-    with suppress(OSError):  # while it is locked: nobody else can have begun to use it
-        path.unlink()
+    with suppress(OSError):
+        if _names(path, handle):  # not another run's, in a folder that was made anew; it is locked, so nobody uses it
+            path.unlink()
     os.close(handle)
 
 

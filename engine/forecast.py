@@ -66,6 +66,11 @@ class StepMemory(TorchDispatchMode):
             return self._peak
         return max(self._peak, self._before_update + self._state_after - self._state_before)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the optimizer took the step, and did not skip it, as with the first loss scales of float16."""
+        return self._before_update is not None
+
     def _begin_update(self, *_: object) -> None:
         if self._before_update is None:  # DeepSpeed may step once for each group
             self._before_update = self._peak
@@ -110,7 +115,9 @@ def describe_forecast(
     """What a dry run says: time per epoch and run (validation comes on top), and the memory of a process's tensors."""
     epoch, run = (timedelta(seconds=round(steps * seconds_per_step)) for steps in (steps_per_epoch, total_steps))
     text = f"predicted: {seconds_per_step:.3g} s a step; {epoch} per epoch of {steps_per_epoch} steps, {run} per run"
-    if memory is not None:
+    if memory is not None and not memory.is_whole:
+        text += "; no memory, since the first step was skipped before the optimizer had made its state"
+    elif memory is not None:
         peak, held = memory.peak_bytes / 2**20, memory.held_bytes / 2**20
         text += (
             f"; peak {peak:.0f} MiB of tensors: weights and optimizer {held:.0f}, "

@@ -1,5 +1,7 @@
 """The folder of a run before the run starts: made, locked, tidied up, and asked which checkpoint to go on from."""
 
+import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,7 +10,6 @@ from engine.checkpoint import BEST, MANIFEST, clear_leftovers, find_newest, poin
 from engine.errors import EngineError
 from engine.folder_lock import hold, release
 from engine.log import say
-from engine.whole_files import TEMPORARY
 from engine.write_failures import why_not_written
 
 LOCK = ".run.lock"
@@ -32,10 +33,11 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         EngineError: the folder cannot be written, is not shared by the processes or written by another run, nothing to
             resume from, or a new run would mix with an old one. Nothing in the folder was changed.
     """
-    probe = output_dir / f"{TEMPORARY}probe"
 
-    def prepare() -> Path | None:
+    def prepare() -> tuple[Path | None, Path]:
         chosen = None
+        # of this run alone: others may evaluate in this folder
+        probe = output_dir / f".probe-{socket.gethostname()}-{os.getpid()}"
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             if training:
@@ -47,7 +49,7 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
         except OSError as raised:
             why = why_not_written(output_dir, raised)
             raise EngineError(f"--output_dir {output_dir} cannot be written ({why}): choose another folder") from None
-        return chosen
+        return chosen, probe
 
     def look() -> None:
         if not probe.exists():  # every process writes into it: the first checkpoint would fail, perhaps hours later
@@ -56,15 +58,16 @@ def prepare_run_folder(output_dir: Path, *, resume: str, auto_resume: bool, trai
                 "machines share"
             )
 
+    probe = None
     try:
-        chosen = distributed.on_main(prepare)
+        chosen, probe = distributed.on_main(prepare)
         distributed.together(look)
     except EngineError:
         release(output_dir / LOCK)
         raise
     finally:
-        if distributed.is_main():
-            with suppress(OSError):  # it could not be made
+        if probe is not None and distributed.is_main():
+            with suppress(OSError):
                 probe.unlink()
     return chosen
 
@@ -81,8 +84,8 @@ def _choose_resume(output_dir: Path, resume: str, auto_resume: bool) -> Path | N
     newest, damaged = find_newest(output_dir)
     if newest is None and damaged:
         raise EngineError(
-            f"{output_dir} holds no sound checkpoint to go on from, only damaged ones ({'; '.join(damaged)}): remove "
-            "them to start anew, or choose another --output_dir"
+            f"{output_dir} holds no sound checkpoint to go on from, only damaged ones or another program's "
+            f"({'; '.join(damaged)}): move them away to start anew, or choose another --output_dir"
         )
     if resume == "latest" or auto_resume:
         if newest is None and resume == "latest":

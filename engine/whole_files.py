@@ -14,6 +14,8 @@ from engine.write_failures import could_not_write, why_not_written
 
 TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
 
+_ROOM = 1 << 16  # bytes that a disk must have for a program to begin to write to it
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under another name of the same folder, which then takes its place.
@@ -76,8 +78,10 @@ def require_writable(place: Path) -> None:
     """
     folder = next(parent for parent in Path(os.path.abspath(place)).parents if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:  # an empty one would fit on a full disk
+            file.write(bytes(_ROOM))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         why = why_not_written(place, error)
         raise EngineError(f"{place} cannot be written ({why}): choose another place") from None

@@ -249,12 +249,12 @@ def add_adapters(module: nn.Module, config: LoRAConfig, names: Iterable[str] | N
     Raises:
         ModelError: a target or a name that no linear layer has.
     """
-    linear = [
+    layers = [
         name for name, part in module.named_modules()
         if isinstance(part, nn.Linear | QuantizedLinear) and not isinstance(part, LoRALinear)
     ]  # fmt: skip
-    found = [name for name in linear if config.adapts(name)] if names is None else list(names)
-    missing = sorted(set(found) - set(linear))
+    found = [name for name in layers if config.adapts(name)] if names is None else list(names)
+    missing = sorted(set(found) - set(layers))
     if names is None:
         targets = config.target_modules
         rules = {targets: targets} if isinstance(targets, str) else {name: (name,) for name in sorted(targets)}

@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     own = _FLAGS_OF.get(args.family, set())
     for flag in sorted({flag for flags in _FLAGS_OF.values() for flag in flags} - own):
-        if getattr(args, flag):
+        value = getattr(args, flag)
+        if value is not None and value is not False:
             parser.error(f"--{flag} is not for {args.family}: leave it out")
     given = [flag for flag in ("model", "batch_size", "words") if getattr(args, flag) is not None]
     if args.family == "all" and given:
@@ -112,7 +113,8 @@ def _name(args: argparse.Namespace) -> str:
 
 PUBLISHED = {  # label in the docs → flags
     "BEiT-3 base 480, VQAv2": "beit3",
-    "BEiT-3 base 480, captioning": "beit3 --task coco_captioning --batch_size 32 --words 32 --checkpoint_activations",
+    "BEiT-3 base 480, captioning, recomputing": "beit3 --task coco_captioning --batch_size 32 --words 32 "
+    "--checkpoint_activations",
     "BEiT-3 large 480, VQAv2": "beit3 --model beit3_large_patch16_480",
     "BEiT-3 large 480, VQAv2, recomputing": "beit3 --model beit3_large_patch16_480 --checkpoint_activations",
     "VLE base 384": "vle",

@@ -4,11 +4,12 @@ A hidden file beside them holds a checksum of each, a line for every time that o
 one folder at the same time, such as the parts of an evaluation, lose none of each other's.
 """
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.errors import DataError
@@ -39,10 +40,15 @@ def refuse_others(*paths: Path | None, overwrite: bool) -> None:
 
 @contextmanager
 def written(*paths: Path | None) -> Iterator[None]:
-    """Write these files inside: from then on they are known as ours, also if the program is stopped half way."""
+    """Write these files inside: from then on they are known as ours, also if the program is killed half way."""
     wanted = [path for path in paths if path is not None]
     _note(wanted, done=False)
-    yield
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what is there now is ours, what is not was never written
+            _note(wanted, done=True)
+        raise
     _note(wanted, done=True)
 
 
@@ -50,16 +56,21 @@ def _note(paths: list[Path], *, done: bool) -> None:
     for folder in dict.fromkeys(path.parent for path in paths):
         names = {path.name: _checksum(path) if done else None for path in paths if path.parent == folder}
         folder.mkdir(parents=True, exist_ok=True)
+        line = f"\n{json.dumps(names)}\n".encode()  # the first line end closes a line that was cut off
         handle = os.open(folder / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(handle, f"\n{json.dumps(names)}\n".encode())  # the first line end closes a line that was cut off
+            if os.write(handle, line) < len(line):  # at once, so that no other program's line gets between
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(handle)
+        except OSError as error:
+            error.filename = error.filename or str(folder / RECORD)  # a full disk tells no name
+            raise
         finally:
             os.close(handle)
 
 
 def _read(folder: Path) -> dict[str, str | None]:
-    """Checksums by name; None for a file that was being written. A line that is broken says nothing."""
+    """Checksums by name, empty for none; None: it was being written. A line that is broken says nothing."""
     known: dict[str, str | None] = {}
     try:
         lines = (folder / RECORD).read_bytes().splitlines()
@@ -74,6 +85,8 @@ def _read(folder: Path) -> dict[str, str | None]:
 
 
 def _checksum(path: Path) -> str:
+    if not path.is_file():
+        return ""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(2**20):

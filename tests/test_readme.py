@@ -200,7 +200,7 @@ def parse_with_real_parser(words: list[str], command: str) -> None:
     if path == "run_beit3_finetuning.py":
         assert args.task in OFFERED_TASKS, f"{command!r} asks for a task that is not offered"
     if getattr(args, "model", None) and getattr(args, "family", "beit3") == "beit3":
-        beit3_config(args.model, getattr(args, "task", "vqav2"), image_size=getattr(args, "input_size", None))
+        beit3_config(args.model, getattr(args, "task", None) or "vqav2", image_size=getattr(args, "input_size", None))
 
 
 def check_script(words: list[str], environment: dict[str, str]) -> None:

@@ -17,7 +17,10 @@ from models.llava.loading import TOWER, behind_the_tower, own_name
 from models.lora import PEFT_PREFIX, LoRAConfig, add_adapters, load_adapters
 
 _LOW_RANK = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
-_OF_TRANSFORMERS = ("language_model.", "multi_modal_projector.")
+# what tells transformers' names from LLaVA's own, whose tower is ``model.vision_tower.vision_tower``
+_OF_TRANSFORMERS = re.compile(
+    r".*(language_model|multi_modal_projector)\..*|(model\.)?vision_tower\.(?!vision_tower\.).*"
+)
 _LAYERS, _PROJECTOR = "model.layers.", "model.mm_projector."
 # our beginnings of names; those of transformers 4.52 and newer, and those of older versions
 _SPELLINGS = (
@@ -54,7 +57,7 @@ class AdapterWeights:
                 model is refused when it is placed.
         """
         plain = {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}
-        of_transformers = any(part in name for name in plain for part in _OF_TRANSFORMERS)
+        of_transformers = any(_OF_TRANSFORMERS.match(name) for name in plain)
         low_rank, whole = {}, {}
         for name, value in plain.items():
             if found := _LOW_RANK.fullmatch(name):

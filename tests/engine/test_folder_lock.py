@@ -145,3 +145,24 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys,
     )
     assert not folder_lock._held
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_runs_lock_in_a_folder_that_was_made_anew_is_left_alone(tmp_path):
+    path = tmp_path / ".run.lock"
+    hold(path, tmp_path)
+    path.unlink()
+    path.write_text("process 1 on another machine")
+    release(path)
+    assert path.read_text() == "process 1 on another machine"
+
+
+def test_a_lock_file_of_another_machine_stays_where_locking_fails_for_a_moment(tmp_path, monkeypatch, capsys):
+    def refuse(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    path = tmp_path / ".run.lock"
+    path.write_text("process 1 on another machine")
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    hold(path, tmp_path)
+    assert "cannot be locked here" in capsys.readouterr().err
+    assert path.read_text() == "process 1 on another machine"

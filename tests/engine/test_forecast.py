@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine import distributed
 from engine.backend import TorchBackend
-from engine.forecast import StepMemory
+from engine.forecast import StepMemory, describe_forecast
 from engine.optim import build_adamw
 from models.beit3.config import BEiT3Config
 from models.beit3.tasks import BEiT3ForVisualQuestionAnswering
@@ -83,8 +83,10 @@ def test_tensors_without_values_count_as_those_with_values_do():
     assert found[0] == found[1]
 
 
-def test_a_dry_run_takes_two_steps_and_says_what_the_run_takes(tmp_path, capsys):
-    engine, position, loader = train(None, loader=Numbers(steps_per_epoch=50), epochs=10, dry_run=True)
+def test_a_dry_run_takes_two_steps_and_says_what_the_run_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loader = Numbers(steps_per_epoch=50)
+    _, position, _ = train(None, loader=loader, epochs=10, save_every_steps=1, dry_run=True)
     said = capsys.readouterr().err
     assert position.global_step == 2
     assert loader.asked == [(0, 0)]
@@ -101,6 +103,17 @@ def test_a_dry_run_ends_where_the_run_would(capsys):
     _, position, loader = train(None, loader=Numbers(steps_per_epoch=1), epochs=5, dry_run=True)
     assert position.global_step == 2
     assert loader.asked == [(0, 0), (1, 0)]
+
+
+def test_a_first_step_that_is_skipped_predicts_no_memory():
+    model, inputs = layers(), torch.ones(BATCH, WIDTH)
+    memory = StepMemory(torch.optim.AdamW(model.parameters()), CPU)
+    with memory:
+        model(inputs).sum().backward()
+    assert not memory.is_whole
+    said = describe_forecast(seconds_per_step=1.0, steps_per_epoch=60, total_steps=600, memory=memory, device=CPU)
+    assert said.startswith("predicted: 1 s a step; 0:01:00 per epoch of 60 steps, 0:10:00 per run; no memory, since")
+    assert "of tensors" not in said
 
 
 # ---- backends: what the first step foretells beside what the second one takes ----

@@ -32,6 +32,11 @@ def hidden(folder):
     return sorted(path.name for path in Path(folder).iterdir() if path.name.startswith(".partial"))
 
 
+def leftovers(folder):
+    """All that is hidden, whoever wrote it."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.name.startswith("."))
+
+
 def left_by_a_stop(folder, results, **options):
     """The file of an evaluation that ended after these results."""
     stopped = partial(folder, **options)
@@ -185,7 +190,7 @@ def test_nothing_is_left_at_the_end(tmp_path):
     assert hidden(tmp_path) == [".partial-vqa_val-rank0.jsonl"]
     done.add({1: "a"})
     done.remove()
-    assert hidden(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_the_same_evaluation_by_another_process_is_refused_and_loses_nothing(tmp_path):
@@ -213,7 +218,7 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     results.add({1: "a"})
     assert list(results.gather().items()) == [(1, "a"), (2, "b")]
     results.remove()
-    assert hidden(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_a_result_that_is_missing_is_an_error(tmp_path):
@@ -345,7 +350,7 @@ def test_a_killed_evaluation_goes_on_with_any_number_of_processes(tmp_path, kill
     assert passes[names[0]] == [num_batches(world_size)] * world_size
     whole = (tmp_path / "whole" / "results.json").read_bytes()
     for before, folder in folders.items():
-        assert hidden(folder) == []
+        assert leftovers(folder) == []
         kept, found = kept_in(killed[before]), dict(json.loads((folder / "results.json").read_text()))
         at = KILLED_AT[before][1]
         assert len(kept) >= at * BATCH_SIZE * before
@@ -366,7 +371,7 @@ def test_two_evaluations_at_once_do_not_disturb_each_other_not_even_in_one_folde
         for number, results in enumerate(both):
             assert results.gather() == {index: [number, index] for index in IDS}
             results.remove()
-        assert all(hidden(tmp_path / folder) == [] for folder in folders)
+        assert all(leftovers(tmp_path / folder) == [] for folder in folders)
 
 
 # ---- the identity of weights ----

@@ -73,9 +73,9 @@ def test_a_folder_with_damaged_checkpoints_only_is_refused_and_stays_as_it_is(tm
     with pytest.raises(EngineError) as refused:
         prepare_run_folder(tmp_path, resume=flags[0], auto_resume=flags[1], training=True)
     assert str(refused.value) == (
-        f"{tmp_path} holds no sound checkpoint to go on from, only damaged ones ({second}: it has no manifest.json; "
-        f"{first}: config.json does not have its recorded checksum): remove them to start anew, or choose another "
-        "--output_dir"
+        f"{tmp_path} holds no sound checkpoint to go on from, only damaged ones or another program's "
+        f"({second}: it has no manifest.json; {first}: config.json does not have its recorded checksum): move them "
+        "away to start anew, or choose another --output_dir"
     )
     assert content_of(tmp_path) == before
 

@@ -124,6 +124,13 @@ def test_a_read_only_disk_is_refused_before_the_work(small_disk):
         require_writable(small_disk / "model.pth")
 
 
+def test_a_full_disk_is_refused_before_the_work(small_disk):
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "full").write_bytes(bytes(1 << 21))
+    with pytest.raises(EngineError, match=r"model.pth cannot be written \(the disk is full\): choose another place"):
+        require_writable(small_disk / "model.pth")
+
+
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
 def test_on_a_disk_that_is_really_full_both_formats_say_so(small_disk, name):
     with pytest.raises(RunError, match=rf"could not write \S+{name} \(the disk is full\): free some space"):

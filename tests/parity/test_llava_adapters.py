@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": DECODER, "modules_to_save": ["multi_modal_projector"], "task_type": "CAUSAL_LM",
     },
     "all-linear": {"target_modules": "all-linear"},
+    "the tower alone": {"target_modules": r".*vision_tower.*\.(q_proj|v_proj)"},
     "without the tower": {"target_modules": ["q_proj", "linear_1"], "exclude_modules": ".*vision_tower.*"},
     "tables and half of the projector": {
         "target_modules": ["o_proj"], "modules_to_save": ["linear_2", "lm_head", "embed_tokens"],

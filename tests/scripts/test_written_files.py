@@ -41,3 +41,26 @@ def test_a_record_that_was_cut_off_says_nothing_and_harms_no_other(tmp_path):
     record.write_bytes(b"\xff")
     with pytest.raises(DataError, match="first is there"):
         refuse_others(second.with_name("absent"), first, overwrite=False)
+
+
+def test_after_a_write_that_failed_only_what_is_there_is_known(tmp_path):
+    whole, absent = tmp_path / "whole", tmp_path / "absent"
+
+    def write_the_first():
+        with written(whole, absent):
+            whole.write_text("all of it")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_the_first()
+    refuse_others(whole, absent, overwrite=False)
+    absent.write_text("of somebody else")
+    with pytest.raises(DataError, match="absent is there and was not written by this program"):
+        refuse_others(absent, overwrite=False)
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.written_files.os.write", lambda handle, line: len(line) - 1)
+    with pytest.raises(OSError, match="No space left on device") as failed, written(tmp_path / "file"):
+        pass
+    assert failed.value.filename == str(tmp_path / RECORD)
