@@ -24,16 +24,7 @@ except ImportError:  # numpy 1
     from numpy.core.multiarray import _reconstruct, scalar
 
 from engine.errors import EngineError
-
-# What a folder may hold, in order of preference: ours, then the published layouts, then DeepSpeed's.
-FOLDER_FILES = (
-    "model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "mp_rank_00_model_states.pt",
-)
+from engine.weight_files import FOLDER_FILES
 
 # Harmless classes that the originals pickle beside the weights (their argument namespace, numpy scalars and arrays,
 # whose functions numpy 2 has moved: files of either name are about, whatever numpy is installed).

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
+from engine.weight_files import DEEPSPEED_FILE
 from engine.weights import load_torch_file
 
 RUN_FILE = "deepspeed_run.pth"  # what our own backend keeps beside DeepSpeed's files
-_MODEL_FILE = "mp_rank_00_model_states.pt"
 _SHARE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
@@ -151,7 +151,7 @@ def _load_model_file(path: Path) -> dict[str, Any]:
 
 
 def _read_stage_0(folder: Path, tell: Callable[[str], None]) -> dict[str, Tensor]:
-    path = folder / _MODEL_FILE
+    path = folder / DEEPSPEED_FILE
     content = _load_model_file(path)
     if content.get("param_shapes"):
         raise EngineError(
@@ -175,7 +175,7 @@ def _masters_of_stage_0(folder: Path, content: dict[str, Any]) -> dict[str, Tens
     names = [group["params"] for group in _entry(_load(folder / RUN_FILE), "groups", folder / RUN_FILE)]
     masters = optimizer["fp32_groups"]
     if [len(group) for group in names] != [len(group) for group in masters]:
-        raise EngineError(f"{folder}: {RUN_FILE} and {_MODEL_FILE} are not of one checkpoint")
+        raise EngineError(f"{folder}: {RUN_FILE} and {DEEPSPEED_FILE} are not of one checkpoint")
     return {
         name: value.detach()
         for group, values in zip(names, masters, strict=True)
@@ -184,7 +184,7 @@ def _masters_of_stage_0(folder: Path, content: dict[str, Any]) -> dict[str, Tens
 
 
 def _merge_stage_1_and_2(folder: Path, shares: list[Path], states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    path = folder / _MODEL_FILE
+    path = folder / DEEPSPEED_FILE
     model = _load_model_file(path)
     weights = _tensors(model["module"])  # buffers and frozen weights; the trained ones are replaced below
     weights |= _tensors(model.get("frozen_param_fragments") or {})
@@ -211,7 +211,7 @@ def _merge_stage_1_and_2(folder: Path, shares: list[Path], states: list[dict[str
 
 
 def _merge_stage_3(folder: Path, shares: list[Path], states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    paths = [folder / f"zero_pp_rank_{rank}_{_MODEL_FILE}" for rank in range(len(shares))]
+    paths = [folder / f"zero_pp_rank_{rank}_{DEEPSPEED_FILE}" for rank in range(len(shares))]
     models = [_load_model_file(path) for path in paths]
     buffers = set(models[0].get("buffer_names") or ())
     weights = {name: value for name, value in _tensors(models[0]["module"]).items() if name in buffers}

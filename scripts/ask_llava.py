@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from data.errors import DataError
 from data.files import read_json
 from scripts.arguments import positive_int
+from scripts.llava_kinds import PROJECTOR_FILE, is_adapter, is_projector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +59,7 @@ def refuse_flags(args: argparse.Namespace) -> None:
 
 def is_llava_folder(checkpoint: str) -> bool:
     """Whether this is an adapter's folder, or one whose ``config.json`` is of LLaVA or of its language model."""
-    if _is_adapter(checkpoint):
+    if is_adapter(Path(checkpoint)):
         return True
     path = Path(checkpoint) / "config.json"
     content = read_json(path) if path.is_file() else None
@@ -68,22 +69,14 @@ def is_llava_folder(checkpoint: str) -> bool:
     return kind.startswith("llava") or kind == "llama" or any(key.startswith("mm_") for key in content)
 
 
-def _is_adapter(checkpoint: str) -> bool:
-    return (Path(checkpoint) / "adapter_config.json").is_file()
-
-
-def _is_projector(folder: Path) -> bool:
-    return (folder / "mm_projector.bin").is_file() and not any(folder.glob("*model*"))
-
-
 def _check_full_folder(args: argparse.Namespace) -> None:
     """Raise DataError for what would take long to find out or be said without our flags."""
     folder = Path(args.checkpoint)
     values = read_json(folder / "config.json")
-    if _is_projector(folder):
+    if is_projector(folder):
         if not args.model_base:
             raise DataError(
-                f"{folder} holds a projector (mm_projector.bin), no model: give the folder of its model as --model_base"
+                f"{folder} holds a projector ({PROJECTOR_FILE}), no model: give the folder of its model as --model_base"
             )
         return
     if "text_config" not in values and not any(key.startswith("mm_") for key in values):
@@ -107,7 +100,7 @@ def ask_llava(args: argparse.Namespace, picture: "np.ndarray") -> None:
     if mode not in TEMPLATES:
         raise DataError(f"--conv_mode must be one of {', '.join(TEMPLATES)}, got {mode!r:.40}")
     prompts = [prompt_of(question, TEMPLATES[mode], _suffix(args)) for question in args.question]
-    if not _is_adapter(args.checkpoint):
+    if not is_adapter(Path(args.checkpoint)):
         _check_full_folder(args)
 
     import torch

@@ -15,6 +15,7 @@ import argparse
 
 from data.errors import DataError
 from scripts.arguments import OneLineParser
+from scripts.llava_kinds import ADAPTER_CONFIG, is_adapter
 from scripts.program import run
 
 
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     from dataclasses import replace
 
     from models.llava.adapters import to_transformers
-    from scripts.llava_folder import ADAPTER_CONFIG, REST_FILE, read_adapter, read_rest
+    from scripts.llava_folder import REST_FILE, read_adapter, read_rest
     from scripts.llava_saving import save_for_transformers
 
-    if not (args.model_path / ADAPTER_CONFIG).is_file():
+    if not is_adapter(args.model_path):
         raise DataError(f"{args.model_path} has no {ADAPTER_CONFIG}: give the folder of an adapter")
     config, weights = read_adapter(args.model_path)
     rest_file = args.model_path / REST_FILE

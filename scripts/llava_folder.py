@@ -21,7 +21,7 @@ from data.errors import DataError
 from data.files import read_object
 from data.tokenizers.llama import MODEL_FILE, LlamaTokenizer
 from engine.log import say
-from engine.weights import FOLDER_FILES, read_state_dict, stream_weights
+from engine.weights import read_state_dict, stream_weights
 from models.clip_vision import CLIPVisionConfig
 from models.errors import ModelError
 from models.llava.adapters import AdapterWeights, place_adapters
@@ -29,12 +29,13 @@ from models.llava.config import LlavaConfig
 from models.llava.llava import LlavaForCausalLM
 from models.llava.loading import TOWER, load_stream, missing_weights, start_projector
 from models.lora import LoRAConfig
+from scripts.llava_kinds import ADAPTER_CONFIG, PROJECTOR_FILE, is_adapter, is_projector
 
 CONFIG_FILE = "config.json"
-ADAPTER_CONFIG, REST_FILE = "adapter_config.json", "non_lora_trainables.bin"
+REST_FILE = "non_lora_trainables.bin"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER_SIZES = "mm_vision_config"  # our own key beside the original's
-PROJECTOR, PROJECTOR_FILE = "mm_projector.", "mm_projector.bin"
+PROJECTOR = "mm_projector."
 LLAVA, TRANSFORMERS, PLAIN = "llava", "transformers", "llama"
 # what tiles of LLaVA-1.6 are replaced by: with them its models are fine-tuned and asked as those of 1.5
 _WHOLE_IMAGES = {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
@@ -119,11 +120,11 @@ def read_llava_folder(
     if not path.is_dir():
         raise DataError(f"no model folder at {path}: give the folder that holds config.json")
     adapter, brought, source, overriding = None, None, path, None
-    if (path / ADAPTER_CONFIG).exists():
+    if is_adapter(path):
         adapter, brought = read_adapter(path)
         overriding = None if brought.of_transformers else _adapter_values(path)
         source = _base_of(path, adapter.base_model_name_or_path, base)
-    elif base is not None and _holds_projector(path):
+    elif base is not None and is_projector(path):
         overriding, projector = read_object(path / CONFIG_FILE), path
         source = _base_of(path, overriding.get("_name_or_path"), base)
     elif base is not None:
@@ -250,13 +251,8 @@ def _is_called(path: Path, name: str) -> bool:
     return Path(name).name in (Path(os.path.abspath(path)).name, path.resolve().name)
 
 
-def _holds_projector(path: Path) -> bool:
-    """Whether this is what a training of the projector alone leaves."""
-    return (path / PROJECTOR_FILE).exists() and not any((path / name).exists() for name in FOLDER_FILES)
-
-
 def _refuse_a_projector(path: Path) -> None:
-    if _holds_projector(path):
+    if is_projector(path):
         raise DataError(
             f"{path} holds a projector ({PROJECTOR_FILE}), no model: train on with it by --pretrain_mm_mlp_adapter "
             f"{path}, or ask it with the folder of its model as --model-base"
@@ -304,7 +300,7 @@ def _base_of(path: Path, named: str | None, given: str | Path | None) -> Path:
             raise DataError(f"no model folder at {found}: give the folder of {named or 'the base'} as --model-base")
         if named and not _is_called(found, named):
             say(f"warning: {path} was trained on {named}, not on {found}: answers may be bad")
-    if (found / ADAPTER_CONFIG).exists():
+    if is_adapter(found):
         raise DataError(f"the base {found} is an adapter itself: merge it first (scripts/merge_lora_weights.py)")
     return found
 

@@ -16,8 +16,8 @@ from engine import distributed
 from engine.log import say
 from engine.zero_files import RUN_FILE
 from models.lora import LoRAConfig
-from scripts.llava_folder import ADAPTER_CONFIG, CONFIG_FILE, TOWER_SIZES, LlavaFolder
-from scripts.llava_saving import PROJECTOR_FILE
+from scripts.llava_folder import CONFIG_FILE, TOWER_SIZES, LlavaFolder
+from scripts.llava_kinds import ADAPTER_CONFIG, PROJECTOR_FILE
 
 DATA_FILE = "training_data.json"  # in every checkpoint: what it has been trained on
 _TRAINED = {

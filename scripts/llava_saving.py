@@ -29,16 +29,8 @@ from engine.whole_files import write_whole
 from engine.write_failures import could_not_write, why_not_written
 from models.errors import ModelError
 from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
-from scripts.llava_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILES,
-    CONFIG_FILE,
-    PROJECTOR,
-    PROJECTOR_FILE,
-    REST_FILE,
-    TOWER_SIZES,
-    LlavaFolder,
-)
+from scripts.llava_folder import ADAPTER_FILES, CONFIG_FILE, PROJECTOR, REST_FILE, TOWER_SIZES, LlavaFolder
+from scripts.llava_kinds import ADAPTER_CONFIG, PROJECTOR_FILE
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 4096}
 MAX_SHARD_BYTES = 5 * 10**9

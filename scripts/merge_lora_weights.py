@@ -14,6 +14,7 @@ import argparse
 
 from data.errors import DataError
 from scripts.arguments import OneLineParser, number
+from scripts.llava_kinds import ADAPTER_CONFIG, is_adapter
 from scripts.program import run
 
 
@@ -54,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"--save-model-path {output} is an input itself: give another folder")
     check_output(output, overwrite=args.overwrite)
     require_writable(output)
-    if args.model_path.is_dir() and not (args.model_path / "adapter_config.json").exists():
-        raise DataError(f"{args.model_path} has no adapter_config.json, so there is nothing to merge: give an adapter")
+    if args.model_path.is_dir() and not is_adapter(args.model_path):
+        raise DataError(f"{args.model_path} has no {ADAPTER_CONFIG}, so there is nothing to merge: give an adapter")
     dtype = getattr(torch, args.dtype)
     folder = read_llava_folder(
         args.model_path,

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import EngineError
-from engine.weights import FOLDER_FILES, load_torch_file, read_state_dict
+from engine.weight_files import FOLDER_FILES
+from engine.weights import load_torch_file, read_state_dict
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(3, dtype=torch.float16)}
 

@@ -111,8 +111,15 @@ def test_the_recorded_answers_of_every_kind_of_folder(tiny, tmp_path, model, rec
     assert len({row["answer_id"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("is_plain", [False, True])
-def test_a_projector_that_was_trained_alone_answers_over_its_base(tiny, tmp_path, capsys, is_plain):
+# as DeepSpeed's stages 0 to 2 leave it; a tokenizer that was laid beside is no model either
+_OF_ZERO_2 = (
+    *("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "deepspeed_run.pth"),
+    *("rng-rank0.pth", "manifest.json", "training_data.json", "tokenizer.model"),
+)
+
+
+@pytest.mark.parametrize(("is_plain", "beside"), [(False, ()), (True, ()), (True, _OF_ZERO_2)])
+def test_a_projector_that_was_trained_alone_answers_over_its_base(tiny, tmp_path, capsys, is_plain, beside):
     """Over the language model it started from, or over a whole LLaVA with another projector."""
     state = read_state_dict(tiny / "llava")
     config = json.loads((tiny / "llava/config.json").read_text())
@@ -121,6 +128,8 @@ def test_a_projector_that_was_trained_alone_answers_over_its_base(tiny, tmp_path
     (tmp_path / "stage1/config.json").write_text(json.dumps(config | {"_name_or_path": str(tmp_path / "base")}))
     projector = {name: value for name, value in state.items() if "mm_projector" in name}
     torch.save(projector, tmp_path / "stage1/mm_projector.bin")
+    for name in beside:
+        shutil.copy(tiny / "llava/tokenizer.model", tmp_path / "stage1" / name)
     of_base = {name: torch.zeros_like(value) if name in projector else value for name, value in state.items()}
     if is_plain:
         of_base = {name: value for name, value in state.items() if name not in projector}
