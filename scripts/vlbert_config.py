@@ -17,12 +17,6 @@ from scripts.config_checks import Check, list_of, one_of, real, text, truth, unk
 
 CONFIG_ROOT = Path(__file__).resolve().parent  # cfgs/vqa/… is looked up here as well
 EXTENDS = "EXTENDS"
-PUBLISHED_PREFIX_CHANGES = [
-    "vlbert.mlm_head.predictions.transform->final_mlp.0",
-    "module.vlbert.mlm_head.predictions.transform->module.final_mlp.0",
-    "vlbert->vlbert",
-    "module.vlbert->module.vlbert",
-]
 PIXEL_MEANS = [102.9801, 115.9465, 122.7717]
 
 
