@@ -44,7 +44,6 @@ from scripts.start import open_run_folder, precision_name, start_processes
 def main(argv: list[str] | None = None) -> None:
     """Start, build the model, train, put the result into the output folder."""
     args = parse_args(argv)
-    args.zero_stage = llava_training.zero_stage(args)
 
     # ---- 1. processes, device, seed ----
     device = start_processes(args, group_of_one=args.enable_deepspeed)

@@ -1,17 +1,18 @@
 """DeepSpeed's settings as plain dictionaries: a user's file with every "auto" resolved.
 
-DeepSpeed itself is not imported here.
+DeepSpeed is not imported here, and torch only where it is there already: a wrong stage is said at once.
 """
 
 import copy
 import difflib
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
 
 # sections and keys that are handed on as they are (DeepSpeed itself checks what is inside)
 _HANDED_ON = frozenset(
@@ -150,7 +151,7 @@ def resolve_config(
     batch_size: int,
     accumulation_steps: int,
     world_size: int,
-    dtype: torch.dtype | None,
+    dtype: "torch.dtype | None",
     clip_grad: float | None,
     initial_scale_power: int,
 ) -> tuple[dict[str, Any], list[str]]:
@@ -172,6 +173,8 @@ def resolve_config(
     Raises:
         EngineError: an unknown or unsupported key, or a value that contradicts a flag.
     """
+    import torch
+
     config = copy.deepcopy(user or {})
     notices = _check_sections(config)
     _drop_autos(config)

@@ -9,6 +9,8 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import read_json
+from engine.deepspeed_config import choose_stage
+from engine.errors import EngineError
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
@@ -215,7 +217,8 @@ def parse_args(argv: list[str] | None = None, *, data_is_made: bool = True) -> a
         _check(args)
         _note_what_has_no_effect(args, parser)
         _find_places(args, data_is_made)
-    except DataError as error:
+        _read_deepspeed(args)
+    except (DataError, EngineError) as error:
         parser.error(str(error))
     _fill_in_shared(args)
     return args
@@ -308,11 +311,6 @@ def _find_places(args: argparse.Namespace, data_is_made: bool) -> None:
         for flag in ("val_annotations", "val_questions"):
             if data_is_made and not Path(getattr(args, flag)).is_file():
                 raise DataError(f"no file {getattr(args, flag)}: give --{flag}")
-    args.deepspeed_file = None
-    if args.deepspeed:
-        args.deepspeed_file = read_json(args.deepspeed, advice="give DeepSpeed's settings as --deepspeed")
-        if not isinstance(args.deepspeed_file, dict):
-            raise DataError(f"--deepspeed {args.deepspeed} must hold one JSON object")
     name = model.resolve().name
     suffix = {"lora": "finetune_lora", "projector": "pretrain", "full": "finetune"}[mode_of(args)]
     args.output_dir = args.output_dir or f"checkpoints/{name}-{suffix}"
@@ -323,6 +321,21 @@ def _find_places(args: argparse.Namespace, data_is_made: bool) -> None:
             raise DataError(
                 f"--output_dir {args.output_dir} is {flag} as well, which it would replace: give another folder"
             )
+
+
+def _read_deepspeed(args: argparse.Namespace) -> None:
+    """The content of ``--deepspeed`` and its ZeRO stage, 0 without; what goes by it looks at ``args.zero_stage``."""
+    args.deepspeed_file = None
+    if args.deepspeed:
+        args.deepspeed_file = read_json(args.deepspeed, advice="give DeepSpeed's settings as --deepspeed")
+        if not isinstance(args.deepspeed_file, dict):
+            raise DataError(f"--deepspeed {args.deepspeed} must hold one JSON object")
+    args.zero_stage = choose_stage(None, args.deepspeed_file)
+    if args.zero_stage == 3 and args.val_annotations is not None:
+        raise DataError(
+            f"--deepspeed {args.deepspeed} is of stage 3, in which processes would wait for each other's longer "
+            "answers: take stage 2, or leave --val_annotations out and run scripts/model_vqa_loader.py afterwards"
+        )
 
 
 def _fill_in_shared(args: argparse.Namespace) -> None:
@@ -337,7 +350,7 @@ def _fill_in_shared(args: argparse.Namespace) -> None:
     args.clip_grad = args.max_grad_norm or None
     args.resume = args.resume_from_checkpoint
     args.max_steps = None if args.max_steps == -1 else args.max_steps
-    args.enable_deepspeed, args.zero_stage = args.deepspeed is not None, 0  # the run script asks the file
+    args.enable_deepspeed = args.deepspeed is not None
     args.model_ema, args.initial_scale_power = False, 16
     args.finetune, args.eval = args.model_name_or_path, False
     if args.log_dir is None and args.report_to == "tensorboard":

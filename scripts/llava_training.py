@@ -22,7 +22,6 @@ from data.llava_sampler import LengthGroupedSampler, ShuffledSampler
 from data.loader import EvalLoader, TrainLoader
 from data.vizwiz import ANSWERS_KEY, VizWizRow, read_rows
 from engine import distributed
-from engine.deepspeed_config import choose_stage
 from engine.log import say
 from engine.partial_results import PartialResults
 from models.llava.generation import Decoding
@@ -37,22 +36,6 @@ from scripts.start import autocast_of
 
 BEST_METRIC = "accuracy"
 Validate = Callable[[nn.Module, EvalLoader, int], dict[str, float]]
-
-
-def zero_stage(args: argparse.Namespace) -> int:
-    """ZeRO stage of ``--deepspeed``, 0 without; what goes by it looks at ``args.zero_stage``.
-
-    Raises:
-        DataError: there is a validation, and the stage is 3.
-        EngineError: the file's is no stage.
-    """
-    stage = choose_stage(None, args.deepspeed_file)
-    if stage == 3 and args.val_annotations is not None:
-        raise DataError(
-            f"--deepspeed {args.deepspeed} is of stage 3, in which processes would wait for each other's longer "
-            "answers: take stage 2, or leave --val_annotations out and run scripts/model_vqa_loader.py afterwards"
-        )
-    return stage
 
 
 def read_samples(args: argparse.Namespace) -> list[Conversation]:

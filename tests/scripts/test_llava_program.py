@@ -15,7 +15,7 @@ from data.llava_conversation import TEMPLATES
 from engine.errors import EngineError, RunError
 from engine.weights import read_state_dict
 from models.lora import PEFT_PREFIX
-from scripts import llava_saving, llava_training
+from scripts import llava_saving
 from scripts.llava_args import parse_args
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from scripts.llava_model import build_for_training
@@ -62,7 +62,6 @@ def adapter_of(folder: Path) -> dict[str, Tensor]:
 def start_of(tmp_path: Path, *more: object, dtype: torch.dtype | None = None) -> LlavaFolder:
     """The model that a run of ``train_flags`` begins with."""
     args = parse_args(train_flags(tmp_path / "none", *more))
-    args.zero_stage = llava_training.zero_stage(args)
     torch.manual_seed(args.seed)
     return build_for_training(args, dtype, torch.device("cpu"))
 

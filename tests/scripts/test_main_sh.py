@@ -113,6 +113,14 @@ def test_a_failure_ends_the_script_but_not_the_shell_that_sourced_it(workplace, 
         ("set -- --learning_rate fast", "run_llava_lora.py: error: argument --learning_rate: 'fast' is no number"),
         ("set -- --bits 4 --lora_enable False", "run_llava_lora.py: error: --bits 4 is for frozen weights"),
         ("set -- --val_annotations data/none.json --deepspeed none.json", "no such file: none.json"),
+        (
+            "set -- --val_annotations data/train.json --deepspeed zero3.json",
+            "run_llava_lora.py: error: --deepspeed zero3.json is of stage 3",
+        ),
+        (
+            "set -- --deepspeed zero9.json",
+            "run_llava_lora.py: error: DeepSpeed's settings: zero_optimization.stage must be 0, 1, 2 or 3, got 9",
+        ),
         ("rm -r data/train", "run_llava_lora.py: error: no folder data/train: give --image_folder"),
         ("rm -r data/valid", "main.sh: error: no folder data/valid with the images to ask about: give IMAGE_FOLDER"),
         ("rm data/train.json", "train.json"),
@@ -130,6 +138,8 @@ def test_a_mistake_is_one_line_before_anything_is_written(workplace, tmp_path, s
     for name in ("data", "llava", "clip"):
         shutil.copytree(workplace / name, tmp_path / name)
     (tmp_path / TRAIN_FILE).unlink(missing_ok=True)  # of another test
+    for stage in (3, 9):
+        (tmp_path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     source = f'MODEL=llava source {shlex.quote(str(SCRIPT))} {shlex.join(SMALL)} "$@"'
     done = shell(f"{spoil}; {source}", tmp_path)
     assert done.returncode == 2, done.stderr
