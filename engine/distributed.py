@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
+from engine.write_failures import is_refused
 
 T = TypeVar("T")
 _FAILURE_KEY = "plainvl/first_failure"
@@ -299,17 +300,23 @@ def all_reduce_(tensor: Tensor, op: str = "sum") -> Tensor:
 def raise_together(error: Exception | None) -> None:
     """Raise on every process when any process failed, so that none waits for one that has left.
 
-    A process with an error of its own raises that; the others raise ``EngineError`` with the first message. It bears
-    ``agreed = True``.
+    A process with an error of its own raises that; the others raise the first one's message as ``EngineError`` where it
+    is for the user to mend, else as ``RunError``, so that all end with the same exit code. It bears ``agreed = True``.
     """
-    messages = gather_objects(None if error is None else str(error))
+    failures = gather_objects(None if error is None else (_is_mended_by_users(error), str(error)))
     if error is None:
-        failed = [index for index, message in enumerate(messages) if message is not None]
-        if not failed:
+        first = next((index for index, failure in enumerate(failures) if failure is not None), None)
+        if first is None:
             return
-        error = EngineError(f"rank {failed[0]}: {messages[failed[0]]}")
+        is_mended, message = failures[first]
+        error = (EngineError if is_mended else RunError)(f"rank {first}: {message}")
     error.agreed = True
     raise error
+
+
+def _is_mended_by_users(error: Exception) -> bool:
+    # the errors for what a user gives, of whichever room, are ValueErrors
+    return isinstance(error, ValueError) or (isinstance(error, OSError) and is_refused(error))
 
 
 def together(work: Callable[[], T]) -> T:

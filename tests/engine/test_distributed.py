@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch.distributed as dist
 
 from engine import distributed
 from engine.distributed import Placement, placement_from_environment
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
 from tests.helpers import free_port, run_in_processes
 
 VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
@@ -214,19 +216,32 @@ def _use_a_group(rank: int, folder: str) -> None:
     except EngineError as error:
         result.append(str(error))
     result.append(distributed.on_main(lambda: f"only rank {rank} works"))
-    for work in (_fail_alone, lambda: distributed.on_main(_fail_alone)):
-        try:
-            distributed.together(work)
-        except (ValueError, EngineError) as error:
-            result.append([type(error).__name__, str(error), error.agreed])
+    for failure in FAILURES:
+        fail = partial(_fail_alone, failure)
+        for work in (fail, partial(distributed.on_main, fail)):
+            try:
+                distributed.together(work)
+            except (ValueError, OSError, KeyError, RunError) as error:
+                result.append([type(error).__name__, str(error), error.agreed])
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     distributed.shutdown()
     assert dist.is_initialized()  # and it stays theirs
 
 
-def _fail_alone() -> None:
+# error of one process → what the others end with, in the same exit code
+FAILURES = {
+    ValueError("no such file"): EngineError,
+    EngineError("no such stage"): EngineError,
+    PermissionError(errno.EACCES, "not yours"): EngineError,
+    RunError("no room"): RunError,
+    OSError(errno.ENOSPC, "no room"): RunError,
+    KeyError("a bug"): RunError,
+}
+
+
+def _fail_alone(failure: Exception) -> None:
     if distributed.is_main():
-        raise ValueError("no such file")
+        raise failure
 
 
 def test_two_processes_agree_and_fail_together(tmp_path):
@@ -235,11 +250,11 @@ def test_two_processes_agree_and_fail_together(tmp_path):
     common = [[0, 1], "of 0", 3.0, 2.0]
     assert zero == [
         *(*common, "rank 1: rank 1 has no data", "only rank 0 works"),
-        *[["ValueError", "no such file", True]] * 2,
+        *([type(failure).__name__, str(failure), True] for failure in FAILURES for _ in range(2)),
     ]
     assert one == [
         *(*common, "rank 1 has no data", "only rank 0 works"),
-        *[["EngineError", "rank 0: no such file", True]] * 2,
+        *([kind.__name__, f"rank 0: {failure}", True] for failure, kind in FAILURES.items() for _ in range(2)),
     ]
 
 
