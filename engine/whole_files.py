@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from engine.errors import EngineError, RunError
 from engine.write_failures import could_not_write, why_not_written
 
 TEMPORARY = ".writing-"  # begins the name of whatever is not whole yet
+# of a write that failed: the file system's, torch's, safetensors'
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 _ROOM = 1 << 16  # bytes that a disk must have for a program to begin to write to it
 
@@ -66,7 +69,7 @@ def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
     try:
         write_whole(path, write)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
+    except WRITE_ERRORS as error:
         raise RunError(f"{could_not_write(path, error)}: free some space or check the folder") from None
 
 

@@ -7,7 +7,8 @@ has the sizes of the tower (``mm_vision_config``), so that they also load where 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from data.tokenizers.llama import CONFIG_FILE as TOKENIZER_FILE
 from engine.backend import WeightsFormat, trained_names
 from engine.errors import RunError
 from engine.weights import read_state_dict
-from engine.whole_files import write_whole
+from engine.whole_files import WRITE_ERRORS, write_whole
 from engine.write_failures import could_not_write, why_not_written
 from models.errors import ModelError
 from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
@@ -72,15 +73,8 @@ def save_full_model(
         raise ModelError("the model has adapters that are not merged: merge them, or save the adapter")
     if folder.model.config.text.tie_word_embeddings:
         del state["lm_head.weight"]
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with _whole_folder(output) as temporary:
         _write_model(temporary, folder, state, dtype, max_shard_bytes)
-        _take_name(temporary, output)
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        raise RunError(f"{could_not_write(output, error)}: free some space or check it") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -100,7 +94,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
-    """Write an adapter that peft loads over transformers' LLaVA.
+    """Write an adapter that peft loads over transformers' LLaVA; its folder takes its name only when it is whole.
 
     Args:
         output: folder to write, new or empty.
@@ -111,7 +105,7 @@ def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping
         DataError: the folder holds something.
         RunError: the disk is full or not writable.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(f"{output} exists: give another folder")
     peer = {
@@ -119,12 +113,9 @@ def save_for_transformers(output: str | Path, config: LoRAConfig, state: Mapping
         "parent_library": "transformers.models.llava.modeling_llava",
     }
     tensors = {name: _plain(value) for name, value in state.items()}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / ADAPTER_FILES[0], lambda at: save_file(tensors, at, metadata={"format": "pt"}))
-        _write_json(output / ADAPTER_CONFIG, config.as_dict() | {"task_type": None, "auto_mapping": peer})
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        raise RunError(f"{could_not_write(output, error)}: free some space or check it") from None
+    with _whole_folder(output) as temporary:
+        write_whole(temporary / ADAPTER_FILES[0], lambda at: save_file(tensors, at, metadata={"format": "pt"}))
+        _write_json(temporary / ADAPTER_CONFIG, config.as_dict() | {"task_type": None, "auto_mapping": peer})
 
 
 def checkpoint_format(folder: LlavaFolder, mode: str) -> WeightsFormat:
@@ -271,6 +262,24 @@ def _write_shards(target: Path, state: Mapping[str, Tensor], dtype: torch.dtype 
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         _write_json(target / "model.safetensors.index.json", index)
+
+
+@contextmanager
+def _whole_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` to write into, which replaces it at the end.
+
+    Raises:
+        RunError: the disk is full or not writable; what was there is as it was.
+    """
+    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _take_name(temporary, output)
+    except WRITE_ERRORS as error:
+        raise RunError(f"{could_not_write(output, error)}: free some space or check it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _take_name(temporary: Path, output: Path) -> None:

@@ -104,6 +104,18 @@ def test_a_full_disk_has_the_same_words_whoever_noticed(tmp_path, monkeypatch, e
     assert set(asked) <= {tmp_path}
 
 
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_bug_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, name):
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("torch.save", fail)
+    monkeypatch.setattr("engine.whole_files.save_file", fail)
+    with pytest.raises(KeyError, match="a bug"):
+        write_weights({"a": torch.ones(1)}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB, where one may be mounted."""

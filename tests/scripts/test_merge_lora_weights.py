@@ -1,17 +1,19 @@
 """scripts/merge_lora_weights.py and scripts/llava_folder.py: every kind of folder read, merged and saved again."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from data.errors import DataError
-from engine.errors import EngineError
+from engine.errors import EngineError, RunError
 from engine.weights import read_state_dict
 from models.errors import ModelError
-from scripts import ask, model_vqa_loader
+from scripts import ask, export_adapter, llava_saving, model_vqa_loader
 from scripts.llava_folder import LlavaFolder, read_llava_folder
 from scripts.llava_saving import checkpoint_format, save_full_model
 from scripts.merge_lora_weights import main
@@ -221,6 +223,43 @@ def test_an_adapter_for_another_base(tiny):
     (tiny / "llava-lora/config.json").write_text(json.dumps(values | {"hidden_size": 64}))
     with pytest.raises(ModelError, match="for a base of hidden_size 64, .* has 32"):
         read(tiny / "llava-lora")
+
+
+WAYS = {
+    "merge": (main, "--save-model-path", "config.json", "model.safetensors"),
+    "export": (export_adapter.main, "--save-path", "adapter_config.json", "adapter_model.safetensors"),
+}
+FULL = r"could not write \S+out \(the disk is full\): free some space"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("writer", ["_write_json", "write_whole"])
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, FULL),
+        (SafetensorError("I/O error: no space left on device"), RunError, FULL),
+        (KeyError("a bug"), KeyError, "a bug"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_whole_is_not_there(tiny, monkeypatch, way, writer, failure, kind, message):
+    """The same command again needs no clearing up; a bug is not taken for a full disk."""
+    start, flag, *files = WAYS[way]
+    argv = ["--model-path", str(tiny / "llava-lora"), flag, str(tiny / "out")]
+    before, write = sorted(tiny.iterdir()), getattr(llava_saving, writer)
+
+    def fail(path, content):
+        if path.name in files:
+            raise failure
+        write(path, content)
+
+    monkeypatch.setattr(llava_saving, writer, fail)
+    with pytest.raises(kind, match=message):
+        start(argv)
+    assert sorted(tiny.iterdir()) == before
+    monkeypatch.undo()
+    start(argv)
+    assert set(files) <= {path.name for path in (tiny / "out").iterdir()}
 
 
 def test_another_name_of_the_base_is_warned_of(tiny, capsys):
