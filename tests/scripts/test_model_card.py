@@ -60,18 +60,39 @@ def test_the_card_of_every_family_has_the_facts_of_its_run(kind, tmp_path):
     assert shlex.split(block) == record["command"]
 
 
+def best_epoch(run: Path) -> int:
+    """Of the steps that checkpoint-best has taken."""
+    steps = json.loads((run / "checkpoint-best/manifest.json").read_text())["global_step"]
+    return (steps - 1) // json.loads((run / "run.json").read_text())["steps_per_epoch"]
+
+
+def logged_epochs(run: Path) -> dict[int, dict[str, float]]:
+    return {row["epoch"]: row for row in map(json.loads, (run / "log.txt").read_text().splitlines())}
+
+
 def test_the_best_epoch_is_that_of_checkpoint_best(kind, tmp_path):
-    key = RUNS[kind][2]
-    card = card_of(kind, tmp_path)
-    epochs = [json.loads(line) for line in (RUNS[kind][0]() / "log.txt").read_text().splitlines() if line]
+    make, _, key = RUNS[kind]
+    card, epochs = card_of(kind, tmp_path), logged_epochs(make())
     if key is None:
-        assert not any(name.startswith("val_") for row in epochs for name in row)
+        assert not any(name.startswith("val_") for row in epochs.values() for name in row)
         assert ("No validation is logged" in card) == bool(epochs)
         assert ("No epoch of this run has ended" in card) == (not epochs)
     else:
-        best = max(epochs, key=lambda row: row[key])
-        assert rows(card)[key] == f"{best[key]:.6g}"
-        assert f"after epoch {best['epoch']} (counted from 0), the best of {len(epochs)}" in card
+        best = best_epoch(make())
+        assert rows(card)[key] == f"{epochs[best][key]:.6g}"
+        assert f"after epoch {best} (counted from 0), the best of {len(epochs)}" in card
+
+
+@pytest.mark.parametrize("family", [vqa_run, vle_run])
+def test_the_best_of_several_epochs_is_that_of_checkpoint_best(family, tmp_path):
+    epochs = {vqa_run: ("--epochs", "3", "--lr", "3e-2", "--warmup_epochs", "0"), vle_run: ("--max_epoch", "3")}
+    run = tmp_path / "run"
+    family.program(*family.train_flags(run, "--limit_samples", "40", *epochs[family]))
+    main(["--run", str(run)])
+    card, best, logged = (run / CARD).read_text(), best_epoch(run), logged_epochs(run)
+    assert sorted(logged) == [0, 1, 2]
+    assert f"after epoch {best} (counted from 0), the best of 3" in card
+    assert rows(card)["val_score"] == f"{logged[best]['val_score']:.6g}"
 
 
 @pytest.mark.parametrize(
