@@ -87,7 +87,7 @@ class StepMemory(TorchDispatchMode):
             try:
                 storage = tensor.untyped_storage()
                 num_bytes = storage.nbytes()
-            except (NotImplementedError, RuntimeError):  # a wrapper of other tensors, which are seen themselves
+            except RuntimeError:  # without storage: a wrapper of other tensors, which are seen themselves
                 continue
             key = id(storage)
             known = self._live.get(key)
