@@ -39,7 +39,7 @@ def read_vqa_file(
     *,
     drop_unlabelled: bool = False,
 ) -> list[VQARecord]:
-    """Records of a file of one's own or of an index file, told apart by the keys of each line.
+    """Records of a file of one's own or of an index file, told apart by the keys of the first line.
 
     Question ids that are absent are running numbers from 0 over the file; they stand on all lines or on none.
 

@@ -198,7 +198,7 @@ class LoRALinear(Linear):
             parameter.requires_grad_(False)
         device, dropout = base.weight.device, config.lora_dropout
         self.lora_A = _Down(base.in_features, config.r, bias=False, device=device, dropout=dropout)
-        self.lora_B = Linear(config.r, base.out_features, bias=False, device=base.weight.device)
+        self.lora_B = Linear(config.r, base.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self._scale = config.scale
@@ -253,12 +253,13 @@ def add_adapters(module: nn.Module, config: LoRAConfig, names: Iterable[str] | N
         name for name, part in module.named_modules()
         if isinstance(part, nn.Linear | QuantizedLinear) and not isinstance(part, LoRALinear)
     ]  # fmt: skip
-    found = [name for name in layers if config.adapts(name)] if names is None else list(names)
-    missing = sorted(set(found) - set(layers))
     if names is None:
-        targets = config.target_modules
+        found, targets = [name for name in layers if config.adapts(name)], config.target_modules
         rules = {targets: targets} if isinstance(targets, str) else {name: (name,) for name in sorted(targets)}
         missing = [target for target, rule in rules.items() if not any(_fits(rule, name) for name in found)]
+    else:
+        found = list(names)
+        missing = sorted(set(found) - set(layers))
     if missing:
         raise ModelError(f"no linear layer is called {missing[0]}: the adapter belongs to another kind of model")
     for name in found:

@@ -11,7 +11,7 @@ import pytest
 from engine import folder_lock
 from engine.errors import EngineError
 from engine.folder_lock import hold, release, released_at_the_end
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_program
 
 HOLDS_UNTIL_KILLED = """
 import os, sys, time
@@ -76,7 +76,7 @@ def test_a_killed_process_gives_its_lock_back_though_its_child_lives_on(tmp_path
 def can_be_taken_elsewhere(folder: Path) -> bool:
     code = "import sys; from pathlib import Path; from engine.folder_lock import hold; f = Path(sys.argv[1])\n"
     code += "try: hold(f / '.run.lock', f)\nexcept Exception as error: sys.exit(str(error))"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    done = run_program("-c", code, str(folder))
     assert done.returncode == 0 or "another run" in done.stderr, done.stderr
     return done.returncode == 0
 

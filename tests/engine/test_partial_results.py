@@ -18,7 +18,7 @@ from engine import distributed
 from engine.errors import EngineError, RunError
 from engine.evaluation import forward_batches
 from engine.partial_results import PartialResults, weights_identity
-from tests.helpers import ROOT, run_in_processes
+from tests.helpers import ROOT, run_in_processes, run_program
 
 KEY = {"weights": {"bytes": 3}, "split": "val", "sizes": (1, 2)}
 IDS = range(100, 140)
@@ -198,17 +198,18 @@ def test_the_same_evaluation_by_another_process_is_refused_and_loses_nothing(tmp
     code += "from pathlib import Path\nPartialResults(Path(sys.argv[1]), sys.argv[2], {}, [1])"
 
     def started(name):
-        command = [sys.executable, "-c", code, str(tmp_path), name]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+        return run_program("-c", code, str(tmp_path), name)
 
     first = partial(tmp_path, ids=[1, 2])
     first.add({1: "a"})
-    assert f"another evaluation of the same (process {os.getpid()} on " in started("vqa_val")
-    assert started("vqa_test") == ""
+    assert f"another evaluation of the same (process {os.getpid()} on " in started("vqa_val").stderr
+    assert started("vqa_test").stderr == ""
     first.add({2: "b"})
     assert partial(tmp_path, ids=[1, 2]).found == {1, 2}
     first.remove()
-    assert "another evaluation" not in started("vqa_val")
+    ended = started("vqa_val")
+    assert ended.returncode == 0, ended.stderr
+    assert "another evaluation" not in ended.stderr
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):

@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -8,7 +6,7 @@ from engine.errors import EngineError
 from engine.folder_lock import released_at_the_end
 from engine.run_folder import prepare_run_folder
 from tests.engine.test_checkpoint import save, small_backend
-from tests.helpers import ROOT
+from tests.helpers import run_program
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +105,7 @@ prepare_run_folder(Path(sys.argv[1]), resume="", auto_resume=True, training=sys.
 
 def test_a_folder_is_one_training_run_s_until_it_ends_but_an_evaluation_may_use_it(tmp_path):
     def started(what):
-        command = [sys.executable, "-c", PREPARES, str(tmp_path), what]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+        return run_program("-c", PREPARES, str(tmp_path), what).stderr
 
     with released_at_the_end():
         prepare_run_folder(tmp_path, resume="", auto_resume=True, training=True)

@@ -196,9 +196,8 @@ def _spoil_weights(backend: Any, rank: int) -> dict[str, str | None]:
     answers = {"sound": backend.nonfinite_weight()}
     parameters = dict(backend.unwrapped().named_parameters())
     for name in ("beit3.encoder.layers.1.ffn.B.fc2.bias", "head.3.weight"):
-        held = getattr(parameters[name], "ds_tensor", parameters[name])
-        if parameters[name].numel():  # whole between steps
-            held = parameters[name]
+        parameter = parameters[name]
+        held = parameter if parameter.numel() else parameter.ds_tensor  # the first: whole between steps
         number = held.data.view(-1)[0].clone()
         if rank == 1:
             held.data.view(-1)[0] = math.inf

@@ -58,6 +58,7 @@ def test_the_largest_batch_of_a_card_fits_and_one_that_is_a_tenth_larger_does_no
 
 def test_a_card_without_room_for_one_sample_is_said(capsys):
     assert row_of(capsys, "--cards", "1", "--batch_size", "8")["1 GB"] != "no"
+    assert row_of(capsys, "--model", "beit3_base_patch16_480", "--cards", "1", "--batch_size", "1")["1 GB"] == "no"
     # weights of 2.1 GB and three times this for their gradients and moments
     found = predict(one_large_layer, 4, amp="no", cards=[9, 12])
     assert found.held > 3 * 2.1e9

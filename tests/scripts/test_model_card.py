@@ -13,8 +13,6 @@ from scripts.make_model_card import CARD, UNKNOWN, main, model_card
 from tests.helpers import run_program
 from tests.scripts import caption_run, llava_run, vlbert_run, vle_run, vqa_run
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def beit3_vqa() -> Path:
     return vqa_run.trained_checkpoint().parent
