@@ -264,9 +264,8 @@ class PackedRegions:
             if size != meta["bytes"].get(name):
                 raise DataError(f"{path} has {size} bytes, {_META} says {meta['bytes'].get(name)}: {_ADVICE}")
             try:
-                arrays[name] = np.asarray(
-                    np.load(path, mmap_mode="r", allow_pickle=False)
-                )  # slices cost less than memmap's
+                # slices of a plain array cost less than memmap's
+                arrays[name] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
             except (ValueError, OSError) as error:
                 raise DataError(f"{path} cannot be mapped ({error}): {_ADVICE}") from None
         images = np.array(arrays["images"])

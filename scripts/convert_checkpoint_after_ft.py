@@ -94,7 +94,7 @@ def _write_checked(state: dict, model_dir: Path, target: Path, *, with_files: bo
 def _write(state: dict, target: Path) -> None:
     from engine.whole_files import write_weights
 
-    write_weights({name: value.contiguous() for name, value in state.items()}, target)
+    write_weights(state, target)
     print(f"wrote {len(state)} tensors to {target}")
 
 

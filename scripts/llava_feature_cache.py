@@ -24,6 +24,7 @@ from engine.log import say
 from engine.write_failures import why_not_written
 from models.errors import ModelError
 from scripts.llava_folder import LlavaFolder
+from scripts.start import autocast_of, precision_name
 
 PART_BYTES = 64 * 2**20  # a stop loses no more than a part of each process
 _PROBE = ".probe"
@@ -110,7 +111,7 @@ def _made_with(args: argparse.Namespace, folder: LlavaFolder, dtype: torch.dtype
         "mm_vision_select_feature": model.config.mm_vision_select_feature,
         "image size": sizes.pop("image_size"),
         "image settings": asdict(folder.images),
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
+        "precision": precision_name(dtype),
         "tower sizes": sizes,
         "tower weights": digest.hexdigest(),
     }
@@ -142,14 +143,16 @@ def _create(cache: FeatureFolder, num_missing: int) -> None:
 
 def _require_shared(folder: Path) -> None:
     """Every process writes parts that all read."""
-    error = None
-    if not (folder / _PROBE).exists():
-        error = EngineError(
-            f"--feature_cache {folder} is not the same folder for all processes: put it on a file system that all "
-            "machines share"
-        )
+
+    def look() -> None:
+        if not (folder / _PROBE).exists():
+            raise EngineError(
+                f"--feature_cache {folder} is not the same folder for all processes: put it on a file system that all "
+                "machines share"
+            )
+
     try:
-        distributed.raise_together(error)
+        distributed.together(look)
     finally:
         if distributed.is_main():
             (folder / _PROBE).unlink(missing_ok=True)
@@ -215,7 +218,7 @@ def _tower_features(
     """
     repeated = torch.arange(batch_size) % len(pixels)
     images = normalize(pixels[repeated].to(device), folder.images)
-    with torch.inference_mode(), torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
+    with torch.inference_mode(), autocast_of(device, dtype)():
         features = folder.model.tower_features(images)[: len(pixels)]
     return features.cpu().clone()
 

@@ -256,7 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if distributed.is_main():
             scores_file = None if rows is None else args.scores_file
-            args.answers_file.parent.mkdir(parents=True, exist_ok=True)
             with written(args.answers_file, args.upload_file, args.submission_file, scores_file):
                 write_results(args, questions, answers)
                 if rows is not None:
@@ -312,9 +311,7 @@ def write_results(args: argparse.Namespace, questions: "list[LlavaQuestion]", an
     from engine.log import say
     from scripts.evaluation_files import clear_temporaries
 
-    for path in filter(None, (args.answers_file, args.upload_file, args.submission_file, args.scores_file)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_temporaries(path)
+    clear_temporaries(*filter(None, (args.answers_file, args.upload_file, args.submission_file, args.scores_file)))
     lines = [
         {
             "question_id": question.question_id,

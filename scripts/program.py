@@ -70,10 +70,8 @@ def _call(main: Callable[[], None]) -> _Outcome:
         return _Outcome(1)
     except KeyboardInterrupt:
         return _Outcome(130, "stopped by Ctrl-C")
-    except OSError as error:
-        return _of_the_file_system(error)
     except Exception as error:
-        return _Outcome(1, _describe(error))
+        return _of_the_surroundings(error)
     return _Outcome(0)
 
 
@@ -92,11 +90,6 @@ def _leave_children_alone(main: Callable[[], None]) -> None:
 
 def _of_the_file_system(error: OSError) -> _Outcome:
     """A full disk, a vanished network share are run-time failures; a place that is not for us to use is input."""
-    from engine.failures import explain  # imports torch, which a program may do without until here
-
-    line = explain(error)
-    if line is not None:
-        return _Outcome(1, f"error: {line}")
     name = str(error.filename or "a file")
     why = why_not_written(Path(name), error)
     if is_refused(error):
@@ -106,15 +99,17 @@ def _of_the_file_system(error: OSError) -> _Outcome:
     return _Outcome(1, f"error: cannot use {name} ({why}): check the path, then run the same command again")
 
 
-def _describe(error: Exception) -> str:
+def _of_the_surroundings(error: Exception) -> _Outcome:
     """Known failures of the surroundings get one line, the rest a traceback."""
     from engine.failures import explain  # imports torch, which a program may do without until here
 
     line = explain(error)
     if line is not None:
-        return f"error: {line}"
+        return _Outcome(1, f"error: {line}")
+    if isinstance(error, OSError):
+        return _of_the_file_system(error)
     traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}; this is a bug, please report it with the lines above"
+    return _Outcome(1, f"{type(error).__name__}: {error}; this is a bug, please report it with the lines above")
 
 
 def _say(outcome: _Outcome) -> None:
