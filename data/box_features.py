@@ -12,15 +12,17 @@ import base64
 import binascii
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from data.errors import DataError
-from data.files import parse_json, read_json, write_json_atomic
+from data.files import open_atomic, parse_json, read_json, write_json_atomic
 from data.zip_folder import ZipFolder
 
 FEATURE_SIZE = 2048
@@ -198,50 +200,38 @@ def pack(
         raise DataError("no box file to pack: give a folder of <image number>.json files")
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    names = {name: output / f".{name}.tmp{os.getpid()}" for name in ("boxes", "features")}
     images, first, whole = [], [0], []
-    try:
-        with names["boxes"].open("wb") as box_file, names["features"].open("wb") as feature_file:
-            for image_id in progress(ids):
-                found = source.regions(image_id)
-                features = found.features.astype(dtype)
-                if not np.isfinite(features).all():
-                    raise DataError(f"image {image_id}: its features do not fit into {dtype}: give --dtype float32")
-                box_file.write(found.boxes.astype("<f4").tobytes())
-                feature_file.write(features.tobytes())
-                images.append((image_id, *found.size))
-                first.append(first[-1] + len(found.boxes))
-                whole.append(found.whole.astype(dtype))
-            for file in (box_file, feature_file):
-                file.flush()
-                os.fsync(file.fileno())
+    # files without a name, on the disk of the packed ones: the number of regions, which goes first, is known at the end
+    with tempfile.TemporaryFile(dir=output) as box_file, tempfile.TemporaryFile(dir=output) as feature_file:
+        for image_id in progress(ids):
+            found = source.regions(image_id)
+            features = found.features.astype(dtype)
+            if not np.isfinite(features).all():
+                raise DataError(f"image {image_id}: its features do not fit into {dtype}: give --dtype float32")
+            box_file.write(found.boxes.astype("<f4").tobytes())
+            feature_file.write(features.tobytes())
+            images.append((image_id, *found.size))
+            first.append(first[-1] + len(found.boxes))
+            whole.append(found.whole.astype(dtype))
         total = first[-1]
         (output / _META).unlink(missing_ok=True)  # written last: without it the folder is not taken for whole
-        _finish(names["boxes"], output / "boxes.npy", (total, 4), "<f4")
-        _finish(names["features"], output / "features.npy", (total, FEATURE_SIZE), np.dtype(dtype).str)
-        for name, values in (("images", np.array(images, "<i8")), ("first", np.array(first, "<i8"))):
-            np.save(output / f"{name}.npy", values, allow_pickle=False)
-        np.save(output / "whole.npy", np.stack(whole), allow_pickle=False)
-    finally:
-        for path in names.values():
-            path.unlink(missing_ok=True)
+        _finish(box_file, output / "boxes.npy", (total, 4), "<f4")
+        _finish(feature_file, output / "features.npy", (total, FEATURE_SIZE), np.dtype(dtype).str)
+    small = {"images": np.array(images, "<i8"), "first": np.array(first, "<i8"), "whole": np.stack(whole)}
+    for name, values in small.items():
+        with open_atomic(output / f"{name}.npy", binary=True) as file:
+            np.save(file, values, allow_pickle=False)
     sizes = {name: (output / f"{name}.npy").stat().st_size for name in _ARRAYS}
     write_json_atomic(output / _META, {"format": _FORMAT, "dtype": dtype, "images": len(ids), "bytes": sizes})
     return total
 
 
-def _finish(raw: Path, target: Path, shape: tuple[int, int], dtype: str) -> None:
+def _finish(raw: IO[bytes], target: Path, shape: tuple[int, int], dtype: str) -> None:
     """Put numpy's header before raw numbers, under the final name."""
-    temporary = raw.with_name(raw.name + ".npy")
-    try:
-        with temporary.open("wb") as file, raw.open("rb") as numbers:
-            header = {"descr": dtype, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            while block := numbers.read(1 << 24):
-                file.write(block)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    raw.seek(0)
+    with open_atomic(target, binary=True) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        shutil.copyfileobj(raw, file, 1 << 24)
 
 
 class PackedRegions:

@@ -4,8 +4,6 @@ The only code of plainvl that uses the network. An image is written under anothe
 have the size that the file says; one that is there already is not fetched again.
 """
 
-import contextlib
-import os
 import time
 import urllib.error
 import urllib.parse
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.files import check_relative, read_json
+from data.files import check_relative, open_atomic, read_json
 from data.images import decode_image
 
 URL_KEYS = ("coco_url", "flickr_url", "url")
@@ -92,7 +90,6 @@ def fetch_image(image: RemoteImage, folder: Path, *, tries: int = 4, pause_s: fl
     target = folder / image.file_name
     if target.is_file() and not _what_is_wrong(image, target.read_bytes()):
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
     for number in range(tries):
         try:
             content = _download(image.url)
@@ -104,16 +101,8 @@ def fetch_image(image: RemoteImage, folder: Path, *, tries: int = 4, pause_s: fl
             if not error.again or number + 1 == tries:
                 raise
             time.sleep(pause_s * 2**number)
-    temporary = target.with_name(f".{target.name}.part{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with open_atomic(target, binary=True) as file:
+        file.write(content)
     return True
 
 

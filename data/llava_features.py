@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.files import parse_json, resolve_inside
+from data.files import open_atomic, parse_json, resolve_inside
 from data.image_reader import ImageReader
 
 _FORMAT, _PATTERN = "plainvl image features 1", "part-*.bin"
@@ -99,7 +99,7 @@ class FeatureFolder:
             OSError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f".{_PATTERN}"):
+        for path in self.folder.glob(f".{_PATTERN}.tmp*"):
             if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:  # a younger one may be in the making
                 path.unlink(missing_ok=True)
 
@@ -118,17 +118,9 @@ class FeatureFolder:
         listed = [[*astuple(image), zlib.crc32(row)] for image, row in zip(images, content, strict=True)]
         line = json.dumps({"format": _FORMAT, "made_with": self._made_with, "images": listed}).encode() + b"\n"
         final = self.folder / _PATTERN.replace("*", uuid.uuid4().hex)
-        temporary = final.with_name(f".{final.name}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(line)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with open_atomic(final, binary=True) as file:
+            file.write(line)
+            file.write(content)
 
     def find(
         self,

@@ -6,7 +6,6 @@ any number of processes, takes over what all files hold. JSON gives back every f
 """
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from engine.errors import EngineError, RunError
 from engine.evaluation import gather_by_id
 from engine.folder_lock import hold, release
 from engine.log import say
+from engine.whole_files import write_text
 from engine.write_failures import why_not_written
 
 _WEIGHTS = (".pth", ".pt", ".bin", ".model", ".safetensors", ".index.json")
@@ -126,8 +126,6 @@ class PartialResults:
         """Read all files of this name into one; the main process's own from now on."""
         paths = self._files()
         for path in paths if resume else ():
-            if path.suffix == ".new":  # holds what others hold, if anything
-                continue
             try:
                 self._results = _read(path, key, self._expected) | self._results
             except _UnusableError as unusable:
@@ -141,19 +139,15 @@ class PartialResults:
                 f"goes on with an evaluation that was stopped: {len(self._results)} of {len(self._expected)} results "
                 f"of {self._name} are there already"
             )
-        joined = self._path.with_name(self._path.name + ".new")
-        with joined.open("wb") as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())  # the others, which are removed next, may be on the disk already
-        joined.replace(self._path)
+        # on the disk before the others are removed, which may be there already
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         for path in self._files():
             if path != self._path:
                 path.unlink()
 
     def _files(self) -> list[Path]:
         """Every file of this evaluation, of all ranks that there ever were."""
-        pattern = re.compile(re.escape(f".partial-{self._name}-rank") + r"\d+\.jsonl(\.new)?")
+        pattern = re.compile(re.escape(f".partial-{self._name}-rank") + r"\d+\.jsonl")
         return sorted(path for path in self._folder.iterdir() if pattern.fullmatch(path.name))
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -108,6 +108,21 @@ def test_a_broken_box_file_is_named_and_nothing_is_packed(folder, tmp_path, valu
     assert os.listdir(tmp_path / "packed") == []
 
 
+def test_nothing_stands_in_the_folder_before_all_regions_are_read(folder, tmp_path):
+    """So a kill while they are read leaves nothing, or the packed form that was there."""
+    seen = []
+
+    def progress(ids):
+        for image_id in ids:
+            yield image_id
+            seen.append(sorted(os.listdir(tmp_path / "packed")))
+
+    pack(JSONRegions(folder), (2, 7, 30), tmp_path / "packed", progress=progress)
+    whole = sorted(os.listdir(tmp_path / "packed"))
+    pack(JSONRegions(folder), (2, 7, 30), tmp_path / "packed", progress=progress)
+    assert seen == [[]] * 3 + [whole] * 3
+
+
 def test_an_image_without_regions_is_named(folder, tmp_path):
     pack(JSONRegions(folder), (2, 7), tmp_path / "packed")
     with pytest.raises(DataError, match="has no regions of image 30"):

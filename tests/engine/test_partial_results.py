@@ -181,7 +181,7 @@ def test_evaluations_of_other_names_in_the_same_folder_are_left_alone(tmp_path):
 def test_nothing_is_left_at_the_end(tmp_path):
     for rank in (1, 2):
         (tmp_path / f".partial-vqa_val-rank{rank}.jsonl").write_text(json.dumps({"key": KEY}) + "\n")
-    (tmp_path / ".partial-vqa_val-rank0.jsonl.new").write_bytes(b"torn")
+    (tmp_path / ".writing-.partial-vqa_val-rank0.jsonl").write_bytes(b"torn")
     done = partial(tmp_path / "deeper" / "still", ids=[1])
     done.add({1: "a"})
     done.remove()

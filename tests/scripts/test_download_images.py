@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_ends_with_one_line(flags, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_fetching.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RunError, match=r"could not write .*a.jpg \(the disk is full\): free some space"):
         download_images.main(flags("a.jpg"))
 

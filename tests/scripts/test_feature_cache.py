@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data.llava_features as llava_features
 import run_llava_lora
 import scripts.llava_feature_cache as llava_feature_cache
 from data.clip_images import normalize
@@ -288,12 +288,13 @@ def _stopped_after_parts(argv: list[str], number: int, happening: int) -> None:
     flush, left = os.fsync, [number]
 
     def fsync(descriptor: int) -> None:
-        if left[0] == 0:
-            os.kill(os.getpid(), happening)
-        left[0] -= 1
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # the folder is flushed as well, once a part has its name
+            if left[0] == 0:
+                os.kill(os.getpid(), happening)
+            left[0] -= 1
         flush(descriptor)
 
-    llava_features.os.fsync = fsync
+    os.fsync = fsync
     _program(argv)
 
 
@@ -327,7 +328,7 @@ def test_a_signal_keeps_what_was_computed(nursery, work):
 
 def test_what_a_killed_writer_has_left_is_removed_once_it_is_old(work):
     work.cache.mkdir()
-    old, young = work.cache / ".part-old.bin", work.cache / ".part-young.bin"
+    old, young = work.cache / ".part-old.bin.tmp7", work.cache / ".part-young.bin.tmp8"
     for path in (old, young):
         path.write_text("half")
     os.utime(old, (0, 0))
@@ -475,7 +476,7 @@ def test_a_full_disk_ends_with_what_is_needed(work, capsys, monkeypatch, place):
         def full(descriptor: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(llava_features.os, "fsync", full)
+        monkeypatch.setattr("os.fsync", full)
         message = rf"could not write the features .* \(the disk is full\): .* need {needed:,} bytes; free some"
     code, line = failure(capsys, work.flags("run"), program)
     assert code == 1, line
