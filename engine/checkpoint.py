@@ -8,6 +8,7 @@ older checkpoints as they were.
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,20 @@ def save_checkpoint(
         RunError: the disk is full or not writable; what was there before is untouched.
     """
     final, temporary = output_dir / name, output_dir / f"{TEMPORARY}{name}"
-    error: OSError | RuntimeError | None = None
-    if distributed.is_main():
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def commit() -> None:
         try:
+            _commit(temporary, final, extra)
+        except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        except OSError as raised:
-            error = raised
-    _agree(error, final)  # also tells the others that the folder is there
+            raise
+
+    _write_on_main(final, begin)  # also tells the others that the folder is there
+    error: OSError | RuntimeError | None = None
     try:
         backend.save(temporary, extra)
         torch.save(get_random_state(), temporary / f"rng-rank{distributed.rank()}.pth")
@@ -70,21 +77,20 @@ def save_checkpoint(
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise _not_written(final, failures[0])
-    if distributed.is_main():
-        try:
-            _commit(temporary, final, extra)
-        except OSError as raised:
-            shutil.rmtree(temporary, ignore_errors=True)
-            error = raised
-    _agree(error, final)
+    _write_on_main(final, commit)
     return final
 
 
-def _agree(error: Exception | None, final: Path) -> None:
-    """Raise on every process when the main process failed."""
-    failure = distributed.broadcast_object(None if error is None else why_not_written(final, error))
-    if failure:
-        raise _not_written(final, failure)
+def _write_on_main(final: Path, write: Callable[[], None]) -> None:
+    """Let the main process write; what keeps it from that is raised on all processes."""
+
+    def attempt() -> None:
+        try:
+            write()
+        except OSError as error:
+            raise _not_written(final, why_not_written(final, error)) from None
+
+    distributed.on_main(attempt)
 
 
 def _not_written(final: Path, failure: str) -> RunError:
@@ -136,13 +142,8 @@ def amend_checkpoint(folder: Path, extra: dict[str, Any]) -> None:
     Raises:
         RunError: the disk is full or not writable; the checkpoint is as it was.
     """
-    error: OSError | None = None
-    if distributed.is_main():
-        try:
-            write_text(folder / AMENDMENT, json.dumps(extra) + "\n")
-        except OSError as raised:
-            error = raised
-    _agree(error, folder / AMENDMENT)
+    path = folder / AMENDMENT
+    _write_on_main(path, lambda: write_text(path, json.dumps(extra) + "\n"))
 
 
 def check_manifest(folder: Path) -> str | None:

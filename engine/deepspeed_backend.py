@@ -284,14 +284,13 @@ class DeepSpeedBackend:
         Raises:
             EngineError: it is of another model, stage, precision or number of processes, or of the plain backend.
         """
-        state: dict[str, Any] = {}
-        error: EngineError | None = None
-        try:
+
+        def read() -> dict[str, Any]:
             state = self._read_run_file(folder)
             self._read_ahead(folder)
-        except EngineError as raised:
-            error = raised
-        distributed.raise_together(error)  # from here on the processes wait for each other inside DeepSpeed
+            return state
+
+        state = distributed.together(read)  # from here on the processes wait for each other inside DeepSpeed
         own = [
             {key: group[key] for key in group if key not in ("params", "lr")} for group in self.optimizer.param_groups
         ]

@@ -43,7 +43,7 @@ from engine.weights import read_state_dict
 from models.baseline import BaselineVQA
 from models.loading import load_weights
 from scripts import baseline_vqa
-from scripts.start import autocast_of, precision_name
+from scripts.start import autocast_of, precision_name, start_processes
 
 RUN_FOLDER = "baseline_run"
 
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # ---- 1. processes, device ----
-    device = distributed.init(args.device, timeout_s=args.dist_timeout)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    device = start_processes(args)
     dtype = resolve_precision(args.amp, device)
     if args.num_workers is None:
         args.num_workers = min(10, distributed.cores_per_process())

@@ -234,9 +234,6 @@ def test_best(
     load_trained_weights(model, best)
     args.eval_split, args.finetune = args.config["DATASET"]["TEST_IMAGE_SET"], str(best)
     args.output_dir, args.annotations, args.result_name = str(output_dir / "test"), None, None
-    if distributed.is_main():
-        Path(args.output_dir).mkdir(exist_ok=True)
-    distributed.barrier()
     dtype = resolve_precision(args.amp, device)
     with stop.listening():
         vlbert_vqa.run_prediction(args, model, words, device=device, autocast=autocast_of(device, dtype))
