@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import check_relative, iterate_jsonl
-from data.own_rows import optional_texts
+from data.files import check_relative
+from data.own_rows import OwnSchema, optional_texts
 
-OWN_KEYS = {"image", "captions", "image_id"}
-SCHEMA = '{"image": "photos/1.jpg", "captions": ["a dog on a sofa"]}'
+OWN_CAPTIONS = OwnSchema(
+    what="an image",
+    example='{"image": "photos/1.jpg", "captions": ["a dog on a sofa"]}',
+    keys=frozenset({"image", "captions", "image_id"}),
+    id_key="image_id",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +36,9 @@ def read_caption_file(path: str | Path) -> list[OwnCaption]:
             file and line are named.
     """
     rows: list[OwnCaption] = []
-    first_line: dict[str | int, int] = {}
-    own_ids: bool | None = None
-    for number, row in iterate_jsonl(path, advice=f"write one line an image, such as {SCHEMA}"):
-        where = f"{path}:{number}"
-        unknown = sorted(row.keys() - OWN_KEYS)
-        if unknown:
-            raise DataError(f"{where}: unknown key {unknown[0]!r}; a line is {SCHEMA}, with an optional image_id")
-        has_id = row.get("image_id") is not None
-        own_ids = has_id if own_ids is None else own_ids
-        if has_id != own_ids:
-            raise DataError(f"{where}: image_id must stand on every line or on none")
-        image_id = row["image_id"] if has_id else len(rows)
-        if type(image_id) is not int:
-            raise DataError(f"{where}: image_id must be a whole number, got {image_id!r:.80}")
+    first_line: dict[str | int, str] = {}
+    for where, row, image_id in OWN_CAPTIONS.numbered(OWN_CAPTIONS.lines(path)):
+        number = where.rpartition(":")[2]
         image = check_relative(row.get("image"), f'{where}: "image"')
         for what, key in (("image", image), ("image_id", image_id)):
             before = first_line.setdefault(key, number)

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import DataError
-from data.files import check_relative, iterate_jsonl
-from data.own_rows import optional_texts
+from data.files import check_relative
+from data.own_rows import OwnSchema, optional_texts
 from data.tokenizers.spm import XLMRTokenizer
 from data.vqa_answers import AnswerVocabulary, normalize_answer, soft_score
 from data.vqa_index import VQARecord, parse_index_line
 
-OWN_KEYS = {"image", "question", "answers", "question_id"}
-SCHEMA = '{"image": "photos/1.jpg", "question": "what is it?", "answers": ["dog"]}'
-ADVICE = f"write one line a question, such as {SCHEMA}"
+OWN_QUESTIONS = OwnSchema(
+    what="a question",
+    example='{"image": "photos/1.jpg", "question": "what is it?", "answers": ["dog"]}',
+    keys=frozenset({"image", "question", "answers", "question_id"}),
+    id_key="question_id",
+)
 
 
 class OwnRow(NamedTuple):
@@ -53,14 +56,13 @@ def read_vqa_file(
         DataError: a wrong key or type, an empty question, an id that stands twice, answers without a vocabulary; file
             and line are named. Also if ``drop_unlabelled`` leaves nothing.
     """
-    lines = iterate_jsonl(path, advice=ADVICE)
+    lines = OWN_QUESTIONS.lines(path)
     first = next(lines)
     lines = itertools.chain([first], lines)
     if "image_path" in first[1] and "image" not in first[1]:
-        found = _index_records(lines, path, tokenizer, vocabulary)
+        found = _index_records(lines, tokenizer, vocabulary)
     else:
-        own = own_rows((f"{path}:{number}", row) for number, row in lines)
-        found = (_own_record(row, where, tokenizer, vocabulary) for where, row in own)
+        found = (_own_record(row, where, tokenizer, vocabulary) for where, row in own_rows(lines))
     records, num_questions = [], 0
     for record in found:
         num_questions += 1
@@ -86,16 +88,17 @@ def build_answer_list(files: Iterable[str | Path], min_count: int = 1) -> Answer
     names = []
     for path in files:
         names.append(str(path))
-        for number, row in iterate_jsonl(path, advice=ADVICE):
-            where = f"{path}:{number}"
+        for where, row in OWN_QUESTIONS.lines(path):
             if "image_path" in row:
                 raise DataError(f"{where}: an index line has labels, not answers: use its answer2label.txt")
-            _check_keys(row, where)
+            OWN_QUESTIONS.check_keys(row, where)
             counts.update(map(own_answer, _answers(row, where) or ()))
     kept = [answer for answer, count in counts.items() if count >= min_count]
     if not kept:
         wanted = "answers" if min_count == 1 else f"an answer that is given at least {min_count} times"
-        raise DataError(f"no question in {', '.join(names)} has {wanted}: training needs lines such as {SCHEMA}")
+        raise DataError(
+            f"no question in {', '.join(names)} has {wanted}: training needs lines such as {OWN_QUESTIONS.example}"
+        )
     return AnswerVocabulary(kept, source=", ".join(names))
 
 
@@ -121,21 +124,18 @@ def own_targets(answers: list[str], vocabulary: AnswerVocabulary) -> tuple[list[
 
 
 def _index_records(
-    lines: Iterable[tuple[int, dict]],
-    path: str | Path,
-    tokenizer: XLMRTokenizer,
-    vocabulary: AnswerVocabulary | None,
+    lines: Iterable[tuple[str, dict]], tokenizer: XLMRTokenizer, vocabulary: AnswerVocabulary | None
 ) -> Iterator[VQARecord]:
-    line_of: dict[int, int] = {}
+    place_of: dict[int, str] = {}
     shared: dict[Any, Any] = {}
     num_answers = None if vocabulary is None else len(vocabulary)
-    for number, row in lines:
-        where = f"{path}:{number}"
+    for where, row in lines:
         record = parse_index_line(row, shared, num_answers, tokenizer.vocab_size, lambda w=where: w)
-        if line_of.setdefault(record.question_id, number) != number:
-            before = line_of[record.question_id]
+        before = place_of.setdefault(record.question_id, where)
+        if before != where:
             raise DataError(
-                f"{where}: question_id {record.question_id} stands on line {before} already; ids are unique"
+                f"{where}: question_id {record.question_id} stands on line {before.rpartition(':')[2]} already; "
+                "ids are unique"
             )
         yield record
 
@@ -162,13 +162,8 @@ def own_rows(lines: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, OwnRow]]:
             line is named.
     """
     place_of: dict[int, str] = {}
-    have_ids: bool | None = None
-    for where, line in lines:
-        row = _checked(line, where, number=len(place_of))
-        has_id = line.get("question_id") is not None
-        have_ids = has_id if have_ids is None else have_ids
-        if has_id != have_ids:
-            raise DataError(f"{where}: question_id must stand on every line or on none")
+    for where, line, number in OWN_QUESTIONS.numbered(lines):
+        row = _checked(line, where, number)
         if row.question_id in place_of:
             before = place_of[row.question_id]
             raise DataError(f"{where}: question_id {row.question_id} stands at {before} already; ids are unique")
@@ -176,23 +171,12 @@ def own_rows(lines: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, OwnRow]]:
         yield where, row
 
 
-def _checked(row: dict, where: str, *, number: int) -> OwnRow:
-    """A line; ``number`` is its id where it has none."""
-    _check_keys(row, where)
+def _checked(row: dict, where: str, question_id: int) -> OwnRow:
     image = check_relative(row.get("image"), f'{where}: "image"')
     question = row.get("question")
     if type(question) is not str or not question.strip():
         raise DataError(f'{where}: "question" must be a text that is not empty, got {question!r:.80}')
-    question_id = number if row.get("question_id") is None else row["question_id"]
-    if type(question_id) is not int:
-        raise DataError(f"{where}: question_id must be a whole number, got {question_id!r:.80}")
     return OwnRow(image, question, _answers(row, where), question_id)
-
-
-def _check_keys(row: dict, where: str) -> None:
-    unknown = sorted(row.keys() - OWN_KEYS)
-    if unknown:
-        raise DataError(f"{where}: unknown key {unknown[0]!r}; a line is {SCHEMA}, with an optional question_id")
 
 
 def _answers(row: dict, where: str) -> list[str] | None:

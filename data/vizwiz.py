@@ -11,6 +11,7 @@ in .jpg is kept as it is.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from data.errors import DataError
 from data.files import check_relative, iterate_jsonl, open_atomic, parse_json, read_json
 from data.metrics.vizwiz import normalize_evalai, process_text
 from data.metrics.vqa import ten_choose_nine
-from data.own_vqa import ADVICE, own_rows
+from data.own_vqa import OWN_QUESTIONS, own_rows
 from data.vqa_answers import normalize_official
 
 UNANSWERABLE = "unanswerable"
@@ -134,9 +135,8 @@ def read_own_rows(paths: Iterable[str | Path]) -> list[VizWizRow]:
     Raises:
         DataError: names file and line that is not of the schema of ``data/own_vqa.py``, or whose id another one has.
     """
-    lines = ((f"{path}:{number}", line) for path in paths for number, line in iterate_jsonl(path, advice=ADVICE))
     rows = []
-    for _, row in own_rows(lines):
+    for _, row in own_rows(itertools.chain.from_iterable(map(OWN_QUESTIONS.lines, paths))):
         said = tuple(VizWizAnswer(answer) for answer in row.answers or ())
         rows.append(VizWizRow(row.image, row.question, said, question_id=row.question_id))
     return rows

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data.box_features import RegionSource, open_regions
 from data.errors import DataError
-from data.files import iterate_jsonl, read_json
-from data.own_vqa import ADVICE, own_rows, own_targets
+from data.files import read_json
+from data.own_vqa import OWN_QUESTIONS, own_rows, own_targets
 from data.tokenizers.wordpiece import WordPieceTokenizer, swap_sides
 from data.vlbert_answers import AnswerList
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE, check_answers, read_items
@@ -145,8 +145,7 @@ def read_own_questions(path: str | Path) -> list[Question]:
         DataError: a wrong key or type, or an image whose name does not end in a number; the line is named.
     """
     questions = []
-    lines = ((f"{path}:{number}", line) for number, line in iterate_jsonl(path, advice=ADVICE))
-    for where, (image, text, answers, question_id) in own_rows(lines):
+    for where, (image, text, answers, question_id) in own_rows(OWN_QUESTIONS.lines(path)):
         digits = re.search(r"(\d+)$", Path(image).stem)
         if digits is None:
             raise DataError(
