@@ -21,6 +21,7 @@ from models.quantized import QuantizedLinear, QuantizedWeight
 
 PEFT_PREFIX = "base_model.model."
 _PARTS = (".lora_A.weight", ".lora_B.weight")
+_OF_DEFAULT = re.compile(r"(\.lora_[AB])\.default\.weight$")  # so some files call the only adapter
 # Starts of peft's that leave the base's weight alone. The others (pissa, corda, olora, loftq, lora_ga) take their start
 # out of it, which the adapter's file does not say: over the whole weight such an adapter counts it twice.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -283,20 +284,22 @@ def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {PEFT_PREFIX + name: value for name, value in state.items() if name.endswith(_PARTS)}
 
 
-def load_adapters(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Content of ``adapter_model.safetensors`` or ``.bin`` without what peft puts around the model's own names."""
+    return {_OF_DEFAULT.sub(r"\1.weight", name.removeprefix(PEFT_PREFIX)): value for name, value in state.items()}
+
+
+def load_adapters(module: nn.Module, given: Mapping[str, Tensor]) -> None:
     """Take the adapters of a peft file.
 
     Args:
         module: after ``add_adapters``.
-        state: content of ``adapter_model.safetensors`` or ``.bin``.
+        given: adapters by ``plain_names``.
 
     Raises:
         ModelError: adapters for other layers or of another rank, or some are missing.
     """
     own = {name: value for name, value in module.state_dict().items() if name.endswith(_PARTS)}
-    given = {
-        name.removeprefix(PEFT_PREFIX).replace(".default.weight", ".weight"): value for name, value in state.items()
-    }
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which there is no place"

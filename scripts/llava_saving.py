@@ -29,7 +29,7 @@ from engine.weights import read_state_dict
 from engine.whole_files import WRITE_ERRORS, write_whole
 from engine.write_failures import could_not_write, why_not_written
 from models.errors import ModelError
-from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state
+from models.lora import PEFT_PREFIX, LoRAConfig, adapter_state, plain_names
 from scripts.llava_folder import ADAPTER_FILES, CONFIG_FILE, PROJECTOR, REST_FILE, TOWER_SIZES, LlavaFolder
 from scripts.llava_kinds import ADAPTER_CONFIG, PROJECTOR_FILE
 
@@ -198,7 +198,7 @@ def _read_adapter(source: Path) -> dict[str, Tensor]:
     state = read_state_dict(source / ADAPTER_FILES[0])
     if (source / REST_FILE).exists():
         state |= read_state_dict(source / REST_FILE)
-    return {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}
+    return plain_names(state)
 
 
 def _write_projector(output: Path, folder: LlavaFolder, state: Mapping[str, Tensor]) -> None:

@@ -13,23 +13,15 @@ from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.llava.llava import LlavaForCausalLM
-from models.llava.loading import TOWER, behind_the_tower, own_name
-from models.lora import PEFT_PREFIX, LoRAConfig, add_adapters, load_adapters
+from models.llava.loading import LAYERS, PROJECTOR, TOWER, TRANSFORMERS_NAMES, behind_the_tower, own_name
+from models.lora import PEFT_PREFIX, LoRAConfig, add_adapters, load_adapters, plain_names
 
-_LOW_RANK = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_LOW_RANK = re.compile(r"(.+)\.(lora_[AB])\.weight")
 # what tells transformers' names from LLaVA's own, whose tower is ``model.vision_tower.vision_tower``
 _OF_TRANSFORMERS = re.compile(
     r".*(language_model|multi_modal_projector)\..*|(model\.)?vision_tower\.(?!vision_tower\.).*"
 )
-_LAYERS, _PROJECTOR = "model.layers.", "model.mm_projector."
-# our beginnings of names; those of transformers 4.52 and newer, and those of older versions
-_SPELLINGS = (
-    (_LAYERS, ("model.language_model.layers.",), ("language_model.model.layers.",)),
-    (f"{_PROJECTOR}0", ("model.multi_modal_projector.linear_1",), ("multi_modal_projector.linear_1",)),
-    (f"{_PROJECTOR}2", ("model.multi_modal_projector.linear_2",), ("multi_modal_projector.linear_2",)),
-    (TOWER, ("model.vision_tower.", "model.vision_tower.vision_model."), ("vision_tower.vision_model.",)),
-)
-_PARTS_OF_PROJECTOR = {f"{_PROJECTOR}{number}.{part}" for number in "02" for part in ("weight", "bias")}
+_PARTS_OF_PROJECTOR = {f"{PROJECTOR}{number}.{part}" for number in "02" for part in ("weight", "bias")}
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class AdapterWeights:
             ModelError: whole weights in a file of LLaVA's own names, which has them beside it. What has no place in a
                 model is refused when it is placed.
         """
-        plain = {name.removeprefix(PEFT_PREFIX): value for name, value in state.items()}
+        plain = plain_names(state)
         of_transformers = any(_OF_TRANSFORMERS.match(name) for name in plain)
         low_rank, whole = {}, {}
         for name, value in plain.items():
@@ -85,7 +77,7 @@ class AdapterWeights:
     def means(self, name: str, config: LoRAConfig) -> bool:
         """Whether the targets mean a layer of our name, as it was called where they were given."""
         if not self.of_transformers:
-            return name.startswith(_LAYERS) and config.adapts(name)
+            return name.startswith(LAYERS) and config.adapts(name)
         spellings = _spellings(name, is_new=self.is_new)
         return bool(spellings) and all(map(config.adapts, spellings))
 
@@ -128,7 +120,7 @@ def to_transformers(
     if weights.of_transformers:
         raise ModelError("the adapter has the names of transformers' model already: use it as it is")
     kept = weights.low_rank
-    strange = [name for name in kept if not name.startswith(_LAYERS)]
+    strange = [name for name in kept if not name.startswith(LAYERS)]
     strange += sorted(rest.keys() ^ _PARTS_OF_PROJECTOR) if rest else []
     if strange or not kept or isinstance(config.target_modules, str) or config.exclude_modules:
         raise ModelError(
@@ -149,7 +141,7 @@ def to_transformers(
 
 def _spellings(name: str, *, is_new: bool) -> list[str]:
     """Names that versions of transformers give to what has our name; none for parts that are never adapted."""
-    for own, new, old in _SPELLINGS:
+    for own, new, old in TRANSFORMERS_NAMES:
         if name.startswith(own):
             return [theirs + name.removeprefix(own) for theirs in (new if is_new else old)]
     return []

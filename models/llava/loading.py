@@ -14,22 +14,26 @@ from models.errors import ModelError
 from models.llava.llava import LlavaForCausalLM
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
-_PROJECTOR = "model.mm_projector."
-_HF_PROJECTOR = {"linear_1": "0", "linear_2": "2"}
-# (begins with, becomes); the first that fits counts
-_PREFIXES = (
-    ("model.vision_tower.vision_tower.vision_model.", TOWER),
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-    ("model.vision_tower.vision_model.", TOWER),
-    ("model.vision_tower.", TOWER),
-    ("vision_tower.vision_model.", TOWER),
-    ("vision_tower.", TOWER),
-    ("vision_model.", TOWER),
-    # CLIP's tower alone, as transformers 5 saves it
-    *((f"{part}.", f"{TOWER}{part}.") for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")),
+LAYERS, PROJECTOR = "model.layers.", "model.mm_projector."
+# of parts that adapters may change: our beginnings of names, those of transformers 4.52 and newer, of older versions
+TRANSFORMERS_NAMES = (
+    (LAYERS, ("model.language_model.layers.",), ("language_model.model.layers.",)),
+    (f"{PROJECTOR}0", ("model.multi_modal_projector.linear_1",), ("multi_modal_projector.linear_1",)),
+    (f"{PROJECTOR}2", ("model.multi_modal_projector.linear_2",), ("multi_modal_projector.linear_2",)),
+    (TOWER, ("model.vision_tower.", "model.vision_tower.vision_model."), ("vision_tower.vision_model.",)),
 )
+# begins with → becomes; the longest that fits counts
+_PREFIXES = {
+    **{theirs: own for own, *versions in TRANSFORMERS_NAMES for version in versions for theirs in version},
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    TOWER: TOWER,
+    "vision_tower.": TOWER,
+    "vision_model.": TOWER,
+    # CLIP's tower alone, as transformers 5 saves it
+    **{f"{part}.": f"{TOWER}{part}." for part in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")},
+}
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 # nothing that this model has: old buffers, CLIP's text side, what newer versions of LLaVA add
 _IGNORED = re.compile(
@@ -48,13 +52,8 @@ class StreamReport:
 
 def own_name(name: str) -> str:
     """Our name of a published one."""
-    found = re.fullmatch(r"(?:model\.)?multi_modal_projector\.(linear_[12])\.(weight|bias)", name)
-    if found:
-        return f"{_PROJECTOR}{_HF_PROJECTOR[found[1]]}.{found[2]}"
-    for old, new in _PREFIXES:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+    prefix = max(filter(name.startswith, _PREFIXES), key=len, default="")
+    return _PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.errors import ModelError
 from models.linear import Linear
-from models.lora import LoRAConfig, LoRALinear, adapter_state, add_adapters, load_adapters, merge_adapters
+from models.lora import LoRAConfig, LoRALinear, adapter_state, add_adapters, load_adapters, merge_adapters, plain_names
 
 CONFIG = LoRAConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=("q_proj", "o_proj"))
 
@@ -170,7 +170,7 @@ def test_what_is_saved_can_be_loaded_under_every_name_of_pefts(block):
         torch.manual_seed(0)
         other = Block()
         add_adapters(other, CONFIG)
-        load_adapters(other, {form(name): value for name, value in saved.items()})
+        load_adapters(other, plain_names({form(name): value for name, value in saved.items()}))
         assert torch.equal(other(x), expected)
 
 
@@ -183,12 +183,12 @@ def test_adapters_that_do_not_fit_are_refused(block):
     saved = adapter_state(block.state_dict())
     short = {name: value for name, value in saved.items() if "o_proj" not in name}
     with pytest.raises(ModelError, match=r"the adapter lacks o_proj.lora_A.weight"):
-        load_adapters(block, short)
+        load_adapters(block, plain_names(short))
     with pytest.raises(ModelError, match="for which there is no place"):
-        load_adapters(block, saved | {"base_model.model.x.lora_A.weight": torch.zeros(1)})
+        load_adapters(block, plain_names(saved | {"base_model.model.x.lora_A.weight": torch.zeros(1)}))
     name = "base_model.model.q_proj.lora_A.weight"
     with pytest.raises(ModelError, match=r"q_proj.lora_A.weight is \(4, 5\), here \(3, 5\)"):
-        load_adapters(block, saved | {name: torch.zeros(4, 5)})
+        load_adapters(block, plain_names(saved | {name: torch.zeros(4, 5)}))
 
 
 @pytest.mark.parametrize(

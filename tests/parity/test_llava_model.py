@@ -21,7 +21,7 @@ from models.llava.llama import Cache, LlamaModel
 from models.llava.llava import LlavaForCausalLM
 from models.llava.projector import build_projector
 from models.loading import load_weights
-from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters, merge_adapters
+from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters, merge_adapters, plain_names
 from models.losses import chunked_cross_entropy
 from tests.parity.fixture_files import load_fixture
 from tests.parity.llava_fixtures import LAST_OF_TOWER, llava_model
@@ -256,7 +256,7 @@ def adapted(recording: dict[str, Any]) -> LlavaForCausalLM:
     model.requires_grad_(False)
     add_adapters(model.model.layers, config)
     model.model.mm_projector.requires_grad_(True)
-    load_adapters(model, recording["inputs"]["adapter"])
+    load_adapters(model, plain_names(recording["inputs"]["adapter"]))
     prefix = "base_model.model."
     rest = {name.removeprefix(prefix): v for name, v in recording["inputs"]["non_lora_trainables"].items()}
     load_weights(model, rest, may_miss=("*",))

@@ -23,7 +23,7 @@ from models.llava.llava import LlavaForCausalLM
 from models.llava.loading import load_stream, missing_weights
 from models.llava.splice import IMAGE_PLACE
 from models.loading import load_weights
-from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters
+from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters, plain_names
 from tests.parity.test_llava_model import assert_near
 
 transformers = pytest.importorskip("transformers")
@@ -206,7 +206,7 @@ def test_an_adapter_of_pefts_loads_here(tmp_path):
     config = LoRAConfig.from_dict(json.loads((Path(tmp_path) / "adapter_config.json").read_text()))
     assert set(config.target_modules) == set(targets)
     add_adapters(ours.model.layers, config)
-    load_adapters(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    load_adapters(ours, plain_names(load_file(tmp_path / "adapter_model.safetensors")))
     ids = torch.randint(3, 60, (2, 9))
     with torch.no_grad():
         assert_near(ours.eval()(ids), adapted(ids).logits)
@@ -233,7 +233,7 @@ def test_starts_of_pefts_that_change_the_base_are_refused_and_the_others_load(tm
             LoRAConfig.from_dict(values)
         return
     add_adapters(ours.model.layers, LoRAConfig.from_dict(values))
-    load_adapters(ours, load_file(tmp_path / "adapter_model.safetensors"))
+    load_adapters(ours, plain_names(load_file(tmp_path / "adapter_model.safetensors")))
     ids = torch.randint(3, 60, (2, 9))
     with torch.no_grad():
         assert_near(ours.eval()(ids), adapted(ids).logits)
