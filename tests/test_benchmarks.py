@@ -15,7 +15,8 @@ from benchmarks.results_page import BEGIN, END, render, update_page
 from benchmarks.rows import NOT_INSTALLED, Curve, Row, exponent
 from data.errors import DataError
 from data.files import read_json
-from tests.helpers import ROOT, run_program
+from tests.helpers import run_program
+from tests.paths import ROOT
 
 # packages of the peers, all of which requirements-dev.txt asks for
 PEERS = {"torchscale": "torchscale", "transformers": "transformers", "peft": "peft", "opencv-python-headless": "cv2"}

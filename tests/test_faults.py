@@ -4,7 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tests.citations import ROOT, Citation, absent, absent_cases, citations_in
+from tests.citations import Citation, absent, absent_cases, citations_in
+from tests.paths import ROOT
 
 PAGE = ROOT / "docs/faults.md"
 # cases per section: 60 kills and signals, 34 resumes, 20 kinds of images, ...

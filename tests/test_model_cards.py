@@ -14,8 +14,8 @@ from models.lora import LoRAConfig, add_adapters
 from models.vle.vle import VLEForVQA
 from scripts.vlbert_args import parse_args
 from scripts.vlbert_model import build_network
-from tests.citations import ROOT
 from tests.models.test_vle import published
+from tests.paths import ROOT
 from tests.scripts import caption_run, llava_run, vlbert_run, vqa_run
 
 PAGE = (ROOT / "docs/model_cards.md").read_text(encoding="utf-8")

@@ -26,9 +26,9 @@ from scripts.vlbert_config import CONFIG_ROOT, SCHEMA, Key, find_config, read_co
 from scripts.vle_args import CONFIG_FOLDER, DEFAULT_CONFIG
 from scripts.vle_config import CONFIG_KEYS
 from tests.citations import absent, citations_in
+from tests.paths import ROOT
 from tests.test_architecture import PACKAGES
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LAUNCHERS = sorted(
     path

@@ -2,7 +2,8 @@
 
 import re
 
-from tests.citations import ROOT, absent, absent_cases, citations_in
+from tests.citations import absent, absent_cases, citations_in
+from tests.paths import ROOT
 
 PAGE = ROOT / "docs/troubleshooting.md"
 

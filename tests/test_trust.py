@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_architecture import ROOT, imports, tracked
+from tests.paths import ROOT
+from tests.test_architecture import imports, tracked
 
 PROGRAMS = [path for path in tracked("*.py") if path.relative_to(ROOT).parts[0] != "tests"]
 SHELL_SCRIPTS = [path for path in tracked("*.sh") if path.relative_to(ROOT).parts[0] != "tests"]

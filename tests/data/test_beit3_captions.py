@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,8 +17,9 @@ from data.image_reader import ImageReader
 from data.loader import build_train_loader
 from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
+from tests.paths import FIXTURES
 
-SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
+SPM = FIXTURES / "evaluation_tokenizer.spm"
 SIDE = 8
 
 

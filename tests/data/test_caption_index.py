@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from data.caption_index import (
 from data.errors import DataError
 from data.own_captions import read_caption_file
 from data.tokenizers.spm import XLMRTokenizer
+from tests.paths import FIXTURES
 
-SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
+SPM = FIXTURES / "evaluation_tokenizer.spm"
 CAPTION = {"image_path": "val2014/a.jpg", "text_segment": [4, 5], "image_id": 9}
 IMAGE = {"image_path": "val2014/a.jpg", "text_segment": None, "image_id": 9}
 

@@ -1,7 +1,5 @@
 """Every kind of image through loader processes: read, refused by name, or replaced and counted; never a dead worker."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,9 @@ from data.transforms import EvalTransform
 from data.vqa_dataset import VQACollate, VQADataset
 from data.vqa_index import VQARecord
 from tests.data.test_images import ILLEGAL, LEGAL
+from tests.paths import FIXTURES
 
-SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
+SPM = FIXTURES / "evaluation_tokenizer.spm"
 SIDE = 8
 KINDS = [*LEGAL, *ILLEGAL]
 

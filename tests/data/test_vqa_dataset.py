@@ -11,8 +11,9 @@ from data.tokenizers.spm import XLMRTokenizer
 from data.transforms import EvalTransform
 from data.vqa_dataset import VQACollate, VQADataset, VQASample
 from data.vqa_index import VQARecord
+from tests.paths import FIXTURES
 
-SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
+SPM = FIXTURES / "evaluation_tokenizer.spm"
 SIDE = 8
 
 

@@ -1,9 +1,10 @@
 """A small data folder in the official layout of VQA v2, for tests to leave out or break any part of it."""
 
 import json
-from pathlib import Path
 
-SPM = Path(__file__).resolve().parents[1] / "fixtures" / "evaluation_tokenizer.spm"
+from tests.paths import FIXTURES
+
+SPM = FIXTURES / "evaluation_tokenizer.spm"
 ANSWERS = ("yes", "no", "red", "2")
 
 

@@ -11,7 +11,8 @@ import pytest
 from engine import folder_lock
 from engine.errors import EngineError
 from engine.folder_lock import hold, release, released_at_the_end
-from tests.helpers import ROOT, run_program
+from tests.helpers import run_program
+from tests.paths import ROOT
 
 HOLDS_UNTIL_KILLED = """
 import os, sys, time

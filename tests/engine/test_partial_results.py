@@ -18,7 +18,8 @@ from engine import distributed
 from engine.errors import EngineError, RunError
 from engine.evaluation import forward_batches
 from engine.partial_results import PartialResults, weights_identity
-from tests.helpers import ROOT, run_in_processes, run_program
+from tests.helpers import run_in_processes, run_program
+from tests.paths import ROOT
 
 KEY = {"weights": {"bytes": 3}, "split": "val", "sizes": (1, 2)}
 IDS = range(100, 140)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-DEFAULT_FOLDER = Path(__file__).resolve().parents[1] / "fixtures"
+from tests.paths import FIXTURES
+
+DEFAULT_FOLDER = FIXTURES
 
 
 def fixture_path(name: str) -> Path:

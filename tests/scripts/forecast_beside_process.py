@@ -19,7 +19,7 @@ import yaml
 from benchmarks.measure import PeakMemory
 from scripts import forecast_models as steps
 from scripts.forecast import step_memory
-from tests.helpers import ROOT
+from tests.paths import ROOT
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 TOWER = {

@@ -11,9 +11,10 @@ import torch
 import run_llava_lora
 from tests.fault_points import run_with_fault
 from tests.nursery import Ended, Job, Nursery
+from tests.paths import FIXTURES
 from tests.scripts.vqa_run import drawn_data
 
-TINY = Path(__file__).resolve().parents[1] / "fixtures" / "llava_tiny"
+TINY = FIXTURES / "llava_tiny"
 BASE, TOWER, IMAGES = TINY / "llava", TINY / "clip", TINY / "images"
 ANSWERS = ("a cup", "unanswerable", "the red dog is here", "no")
 

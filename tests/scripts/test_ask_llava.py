@@ -17,8 +17,7 @@ from engine.weights import read_state_dict
 from models.llava.llava import LlavaForCausalLM
 from scripts import ask, ask_llava
 from tests.parity.fixture_files import fixture_path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")

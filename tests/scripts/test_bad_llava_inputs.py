@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from scripts.llava_args import build_parser
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.llava_run import BASE, IMAGES, TINY, TOWER, conversation, program, rows, train_flags, trained_run
 from tests.scripts.vqa_run import tree
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Case:

@@ -19,7 +19,8 @@ from models import baseline
 from scripts import baseline_vqa
 from scripts import main as program_module
 from scripts.baseline_args import parse_args
-from tests.helpers import ROOT, run_in_processes, run_program
+from tests.helpers import run_in_processes, run_program
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.vle_run import copy_of
 from tests.scripts.vqa_run import differences, read_lines, tree

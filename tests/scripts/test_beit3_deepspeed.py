@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from engine.weights import load_torch_file, read_state_dict
-from tests.helpers import ROOT, free_port, run_program
+from tests.helpers import free_port, run_program
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.deepspeed_run import TORCHRUN, deepspeed_train, stage_3_run
 from tests.scripts.vqa_run import (

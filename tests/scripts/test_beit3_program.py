@@ -23,7 +23,8 @@ from data.vqa_answers import AnswerVocabulary
 from engine.weights import load_torch_file, read_state_dict
 from scripts import beit3_vqa
 from scripts.program import run
-from tests.helpers import ROOT, run_in_processes, run_program
+from tests.helpers import run_in_processes, run_program
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.vqa_run import (
     LARGER,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 SIZES = {"COMPARE_TRAIN": "12", "COMPARE_VAL": "6", "COMPARE_PRETRAIN": "20", "COMPARE_EPOCHS": "1"}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 SIZES = {"DEMO_TRAIN": "24", "DEMO_VALID": "6", "DEMO_PRETRAIN": "24", "DEMO_EPOCHS": "1", "DEMO_PRETRAIN_EPOCHS": "1"}
 STAGES = 8
 

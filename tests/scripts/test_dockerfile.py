@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import run_program
-from tests.test_architecture import ROOT, tracked
+from tests.paths import ROOT
+from tests.test_architecture import tracked
 from tests.test_readme import check_command, commands_of
 
 DOCKERFILE = ROOT / "scripts/Dockerfile"

@@ -10,7 +10,7 @@ import torch
 
 from scripts.forecast import PUBLISHED, main, predict
 from scripts.forecast_models import SHAPES_ONLY, Step
-from tests.helpers import ROOT
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import failure
 
 slow = pytest.mark.slow

@@ -11,8 +11,9 @@ from data.vizwiz import SUFFIX, read_rows
 from scripts import format_dataset_for_llava as program_module
 from scripts.format_dataset_for_llava import main
 from scripts.llava_vqa import match_rows
-from tests.helpers import ROOT, run_program
+from tests.helpers import run_program
 from tests.parity.fixture_files import load_fixture
+from tests.paths import ROOT
 from tests.scripts.vqa_run import tree
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from scripts.beit3_args import build_parser
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHELL_FILES = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/*.sbatch"), ROOT / ".ci" / "run"])
 LAUNCHERS = ("finetune_vqav2.sh", "prediction.sh")
 DIST_RUN = ("dist_run_single.sh", "dist_run_multi.sh")

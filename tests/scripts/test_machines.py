@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from engine.weights import read_state_dict
-from tests.helpers import ROOT, free_port
+from tests.helpers import free_port
+from tests.paths import ROOT
 from tests.scripts.vqa_run import train_flags
 
 MEETING = str(ROOT / "tests" / "scripts" / "meeting.py")

@@ -13,9 +13,9 @@ import pytest
 
 from scripts import draw_scenes, llava_args, merge_lora_weights, model_vqa_loader
 from scripts import format_dataset_for_llava as formatting
+from tests.paths import ROOT
 from tests.scripts.llava_run import TINY
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "main.sh"
 NUM_VALID = 5
 SMALL = ("--device", "cpu", "--per_device_train_batch_size", "4", "--lora_r", "4", "--dataloader_num_workers", "0")

@@ -2,15 +2,15 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from data.errors import DataError
 from scripts.make_index import main
 from tests.data.vqav2_tree import SPM, edit_json, image_name, write_json, write_vqav2
+from tests.paths import ROOT
 
-PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "make_index.py"
+PROGRAM = ROOT / "scripts" / "make_index.py"
 SMALL = ["--min_answer_count", "2", "--num_rest_val_images", "4"]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 CAPTION_SIZES = {"QUICKSTART_TRAIN": "700", "QUICKSTART_VAL": "30", "QUICKSTART_TEST": "60", "QUICKSTART_EPOCHS": "4"}
 SIZES = {"QUICKSTART_TRAIN": "800", "QUICKSTART_VAL": "100", "QUICKSTART_TEST": "100", "QUICKSTART_EPOCHS": "12"}
 

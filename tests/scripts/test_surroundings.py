@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from engine.checkpoint import check_manifest
-from tests.helpers import ROOT, run_program
+from tests.helpers import run_program
+from tests.paths import ROOT
 from tests.scripts.bad_inputs import the_error_line
 from tests.scripts.vqa_run import failure, flags, program, train_flags, trained_checkpoint
 

@@ -12,8 +12,8 @@ import pytest
 from data.drawn_scenes import draw_splits, render_scene
 from data.errors import DataError
 from scripts import make_vizwiz_report
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PEOPLE = {  # four, three, one and none of ten agree with the answers below
     "a": ["a red star"] * 4 + ["star"] * 6,
     "b": ["2"] * 3 + ["3"] * 7,

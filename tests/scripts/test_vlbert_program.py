@@ -29,6 +29,7 @@ from scripts.vlbert_model import build_network, load_tokenizer
 from tests.engines import assert_same_result, assert_sound
 from tests.helpers import run_in_processes
 from tests.nursery import Nursery
+from tests.paths import ROOT
 from tests.scripts.vlbert_run import (
     LAYERS,
     STRATEGIES,
@@ -44,8 +45,6 @@ from tests.scripts.vlbert_run import (
     trained_run,
 )
 from tests.scripts.vqa_run import differences, read_lines
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(rank: int, argv: list[str]) -> None:

@@ -27,6 +27,7 @@ from scripts import (
 from scripts.vle_args import launch_command, parse_args, settle_batch_sizes
 from tests.helpers import run_in_processes, run_program
 from tests.parity.fixture_files import fixture_path
+from tests.paths import ROOT
 from tests.scripts.vle_run import (
     TINY_CONFIG,
     drawn_rows,
@@ -38,8 +39,6 @@ from tests.scripts.vle_run import (
     trained_run,
 )
 from tests.scripts.vqa_run import differences, drawn_data, read_lines
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(rank: int, argv: list[str]) -> None:

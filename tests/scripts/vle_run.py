@@ -9,9 +9,10 @@ import torch
 
 import run_vle_vqa
 from scripts import train_sentencepiece, write_vqa
+from tests.paths import ROOT
 from tests.scripts.vqa_run import drawn_data
 
-TINY_CONFIG = Path(__file__).resolve().parents[2] / "scripts" / "cfgs" / "vle" / "tiny" / "config.json"
+TINY_CONFIG = ROOT / "scripts" / "cfgs" / "vle" / "tiny" / "config.json"
 
 
 @functools.cache
