@@ -148,10 +148,9 @@ def _epochs_of(points: list[tuple[int, float]], log: RunLog) -> list[float]:
 def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float | None], *, is_percent: bool) -> None:
     epochs, scores = log.series(key)
     scale = 1 if is_percent or key == "val_score" and any(score > 1 for score in scores) else 100
-    top = 100.0
-    if scores:
-        percent = [scale * score for score in scores]
-        top = max(top, 1.1 * max(percent))
+    percent = [scale * score for score in scores]
+    heights = [100 * value for value in levels.values() if value is not None]
+    if percent:
         panel.plot(epochs, percent, color=ORANGE, marker="o", ms=3.5, lw=1.8, label=name)
         best = max(range(len(percent)), key=percent.__getitem__)
         panel.annotate(
@@ -160,7 +159,7 @@ def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float
     for (level, value), dash in zip(levels.items(), ("--", ":"), strict=False):
         if value is not None:
             panel.axhline(100 * value, color=GRAY, ls=dash, lw=1.4, label=f"{level} ({100 * value:.1f})")
-    panel.set_ylim(0, top)
+    panel.set_ylim(0, max([100.0, *(1.1 * height for height in [*percent, *heights])]))
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
 

@@ -156,6 +156,18 @@ def test_the_prior_line_changes_the_picture(tmp_path):
     assert curves.draw_curves(log, levels={"prior": 0.37}) != curves.draw_curves(log)
 
 
+@pytest.mark.parametrize(
+    ("score", "prior", "top"), [(0.5, 0.37, 100), (0.5, 1.176, 129.36), (1.5, 1.176, 165), (None, 1.176, 129.36)]
+)
+def test_the_axis_of_scores_reaches_above_the_curve_and_every_level(score, prior, top):
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    log = curves.RunLog([] if score is None else [{"epoch": 0, "val_CIDEr": score}], [])
+    curves._draw_score(panel, log, "val_CIDEr", "CIDEr", {"prior": prior, "unknown": None}, is_percent=False)
+    assert panel.get_ylim() == (0, pytest.approx(top))
+
+
 def test_steps_are_placed_by_the_last_step_of_the_finished_epochs():
     log = curves.RunLog(
         epochs=[{"epoch": 0}, {"epoch": 1}],
