@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI checks: style, formatting, the tests, and in them the quick start at reduced size.
 #
-#   bash scripts/test.sh                        # about 30 minutes on two cores
+#   bash scripts/test.sh                        # about 25 minutes on two cores
 #   bash scripts/test.sh --all                  # with the tests marked slow
 #   bash scripts/test.sh tests/data -k vqav2    # other words go to pytest
 #
