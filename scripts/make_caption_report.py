@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = args.output or args.run
     log = read_log(args.run)
-    check_output(output)
+    check_output(output, overwrite=args.overwrite)
     file = args.predictions or args.run / f"captions_{args.task}_{args.split}.jsonl"
     rows = read_captions(file)
 

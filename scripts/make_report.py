@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     output = args.output or args.run
     log = read_log(args.run)
-    check_output(output)
+    check_output(output, overwrite=args.overwrite)
     predictions_file = args.predictions or args.run / f"submit_vqav2_{args.split}.json"
     top_file = args.top_answers or predictions_file.with_name(f"top_answers_vqav2_{args.split}.jsonl")
     answers = read_predictions(predictions_file)

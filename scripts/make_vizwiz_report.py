@@ -75,7 +75,7 @@ class Item:
 def main(argv: list[str] | None = None) -> None:
     """Read, score, print the table, write the page."""
     args = build_parser().parse_args(argv)
-    check_output(args.output)
+    check_output(args.output, overwrite=args.overwrite, has_curves=args.run is not None)
     if args.compare_name and not args.compare:
         raise DataError("--compare_name names the answers of --compare: give both or none")
     asked = questions_by_name(args.questions) if args.questions else {}
