@@ -175,27 +175,27 @@ def _contexts(
         return chosen
     with torch.no_grad():
         other = layer.attend(*(torch.where(tuned, b, a) for a, b in zip(ours, theirs, strict=True)), mask)
-        difference = torch.where(tuned, chosen - other, other - chosen)
-    return _Decided.apply(gate, chosen, difference)
+        lead = chosen - other
+    return _Decided.apply(gate, chosen, lead)
 
 
 class _Decided(torch.autograd.Function):
     """gate * one + (1 - gate) * other for a gate of 0 and 1, of which only the chosen one is propagated back.
 
-    The gradient of the other one would be 0; the gate's is that of the product with ``difference`` = one - other.
+    The gradient of the other one would be 0; the gate's is that of the product with one - other, which is ``lead``,
+    the chosen one less the one that was not, with the sign of the decision.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, chosen: Tensor, difference: Tensor) -> Tensor:
-        ctx.save_for_backward(difference)
-        ctx.gate_shape, ctx.gate_dtype = gate.shape, gate.dtype
+    def forward(ctx: Any, gate: Tensor, chosen: Tensor, lead: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, lead)
         return chosen.view_as(chosen)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        product = (gradient * difference).to(ctx.gate_dtype)
-        return product.sum_to_size(ctx.gate_shape), gradient, None
+        gate, lead = ctx.saved_tensors
+        product = (gradient * lead).to(gate.dtype)
+        return product.sum_to_size(gate.shape) * (2 * gate - 1), gradient, None
 
 
 def _choose(gate: Tensor, rows: tuple[Tensor, Tensor], one: Branch, other: Branch, *inputs: Tensor | None) -> Tensor:
