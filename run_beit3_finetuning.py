@@ -32,6 +32,7 @@ from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
+from models.recompute import Recompute, set_recompute
 from scripts import beit3_captioning, beit3_vqa
 from scripts.backends import build_backend
 from scripts.beit3_checkpoint import checkpoint_files
@@ -74,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
         vocab_size=args.vocab_size,
         max_tokens=args.num_max_bpe_tokens,
         drop_path=0.0 if args.eval else args.drop_path,
-        checkpoint_activations=args.checkpoint_activations and not args.eval,
         model_key=args.model_key,
         model_prefix=args.model_prefix,
     )
@@ -126,6 +126,8 @@ def train(
     )
     warmup_steps = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
     schedule = warmup_cosine(args.lr, args.min_lr, warmup_steps=warmup_steps, total_steps=args.epochs * steps_per_epoch)
+
+    set_recompute(model, Recompute.parse(args.recompute))
 
     # ---- 7. the plan, said once ----
     facts = {

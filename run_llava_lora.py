@@ -30,6 +30,7 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.write_failures import could_not_write
+from models.recompute import Recompute, set_recompute
 from scripts import llava_training
 from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
@@ -104,6 +105,7 @@ def train(
     )
     sizes = llava_training.parameter_counts(model)  # before a backend divides them
     weights = checkpoint_format(folder, args.mode)
+    set_recompute(model, Recompute.parse(args.recompute))
     backend, deepspeed_facts = build_backend(
         args, model, optimizer, device, dtype, args.deepspeed_file, weights=weights
     )

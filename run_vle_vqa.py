@@ -36,6 +36,7 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.schedule import warmup_decay
+from models.recompute import Recompute, set_recompute
 from scripts import vle_vqa
 from scripts.backends import build_backend
 from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
@@ -115,6 +116,7 @@ def train(
     schedule = warmup_decay(
         args.learning_rate, args.end_lr, warmup_steps=warmup_steps, total_steps=total_steps, power=power
     )
+    set_recompute(model, Recompute.parse(args.recompute))
     args.zero_stage = choose_stage(args.zero_stage, args.deepspeed_config) if args.enable_deepspeed else 0
     backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, args.deepspeed_config)
 

@@ -30,6 +30,7 @@ from models.llava.llama import LlamaModel
 from models.llava.splice import IGNORED
 from models.lora import LoRAConfig, add_adapters
 from models.losses import chunked_cross_entropy
+from models.recompute import Recompute, set_recompute
 
 SIDES = ("ours", "transformers + peft")
 
@@ -78,7 +79,7 @@ def our_side(args: argparse.Namespace, state: dict[str, Tensor] | None) -> tuple
         model.load_state_dict(state)
     model.to(DTYPES[args.dtype])
     add_adapters(model.model.layers, LoRAConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0))
-    model.model.checkpoint_layers = args.checkpoint
+    set_recompute(model, Recompute(int(args.checkpoint)))
     samples, labels = batch_of(args)
 
     def loss() -> Tensor:

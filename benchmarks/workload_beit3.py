@@ -11,6 +11,7 @@ from models.beit3.beit3 import compile_layers
 from models.beit3.config import TASK_SUFFIXES, BEiT3Config, beit3_config
 from models.beit3.tasks import build_beit3, captioning_loss
 from models.losses import vqa_loss
+from models.recompute import Recompute, set_recompute
 
 MODEL = "beit3_base_patch16_480"
 PAD_TO = 64  # as the original pads every text
@@ -34,9 +35,8 @@ def beit3_workload(args: argparse.Namespace, batch_size: int) -> Workload:
     def ours() -> nn.Module:
         torch.manual_seed(0)
         num_classes = None if is_captioning else NUM_ANSWERS
-        model = build_beit3(
-            args.task, config, num_classes=num_classes, checkpoint_activations=args.checkpoint_activations
-        )
+        model = build_beit3(args.task, config, num_classes=num_classes)
+        set_recompute(model, Recompute(int(args.checkpoint_activations)))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in model.unused_in_finetuning())
         return model

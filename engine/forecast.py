@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.log import peak_mib
+
+SHAPES_ONLY = FakeTensorMode(allow_non_fake_inputs=True)  # tensors made under it have no values
 
 
 class StepMemory(TorchDispatchMode):
@@ -53,6 +56,11 @@ class StepMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._see(value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor))
         return result
+
+    @property
+    def now_bytes(self) -> int:
+        """What there is at this moment, while it is entered."""
+        return self._now
 
     @property
     def held_bytes(self) -> int:

@@ -50,21 +50,29 @@ class LayerParts(Protocol):
 
 Layer = Callable[[Tensor, Tensor | None], Tensor]
 Branch = Callable[..., Tensor]  # takes tensors with the batch first, or None
+Run = Callable[..., Tensor]  # how layer ``number`` is called: number, the step of that layer, its inputs
+
+
+def run_once(number: int, step: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Plainly; ``models.recompute`` has another way. Decisions are inputs: a step that runs again decides alike."""
+    return step(*inputs)
 
 
 # ---- how the layers run ----
 
 
-def run_layers(layers: Iterable[Layer], tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
+def run_layers(layers: Iterable[Layer], tokens: Tensor, mask: Tensor | None, *, run: Run = run_once) -> list[Tensor]:
     """Plain: one layer after the other; the (B, L, D) outputs of all of them."""
     outputs = []
-    for layer in layers:
-        tokens = layer(tokens, mask)
+    for number, layer in enumerate(layers):
+        tokens = run(number, layer, tokens, mask)
         outputs.append(tokens)
     return outputs
 
 
-def run_block_drop(layers: Sequence[Layer], tokens: Tensor, mask: Tensor | None, policy: Tensor) -> list[Tensor]:
+def run_block_drop(
+    layers: Sequence[Layer], tokens: Tensor, mask: Tensor | None, policy: Tensor, *, run: Run = run_once
+) -> list[Tensor]:
     """Keep or leave out each layer for each sample: x' = p layer(x) + (1 - p) x.
 
     With decisions of 0 and 1 a layer runs on the samples that keep it alone. In training the others go through it too,
@@ -75,17 +83,24 @@ def run_block_drop(layers: Sequence[Layer], tokens: Tensor, mask: Tensor | None,
         tokens: (B, L, D).
         mask: whatever the layers take, batch first.
         policy: (B, N), 1 = keep.
+        run: see ``Run``.
     """
     _check_decisions(policy, len(layers))
     rows = _rows_of(policy)
     outputs = []
     for number, (layer, keep) in enumerate(zip(layers, policy.unbind(1), strict=True)):
-        if rows is None:
-            tokens = _mix(keep, layer(tokens, mask), tokens)
-        else:
-            tokens = _choose(keep, rows[number], layer, lambda same, _: same, tokens, mask)
+        chosen = None if rows is None else rows[number]
+        tokens = run(number, _keep_or_drop, keep, chosen, layer, tokens, mask)
         outputs.append(tokens)
     return outputs
+
+
+def _keep_or_drop(
+    keep: Tensor, rows: tuple[Tensor, Tensor] | None, layer: Layer, tokens: Tensor, mask: Tensor | None
+) -> Tensor:
+    if rows is None:
+        return _mix(keep, layer(tokens, mask), tokens)
+    return _choose(keep, rows, layer, lambda same, _: same, tokens, mask)
 
 
 def run_spottune_block(
@@ -96,6 +111,7 @@ def run_spottune_block(
     policy: Tensor,
     *,
     reference: bool = False,
+    run: Run = run_once,
 ) -> list[Tensor]:
     """Choose between each layer and its frozen copy for each sample; policy (B, N), 1 = the trained one.
 
@@ -106,17 +122,37 @@ def run_spottune_block(
     rows = None if reference else _rows_of(policy)
     outputs = []
     for number, (layer, frozen, tuned) in enumerate(zip(layers, frozen_layers, policy.unbind(1), strict=True)):
-        if rows is None:
-            ours = layer(tokens, mask)
-            tokens = _mix(tuned, ours, frozen(ours if reference else tokens, mask))
-        else:
-            tokens = _choose(tuned, rows[number], layer, frozen, tokens, mask)
+        chosen = None if rows is None else rows[number]
+        step = partial(_tuned_or_frozen, reference=reference)
+        tokens = run(number, step, tuned, chosen, layer, frozen, tokens, mask)
         outputs.append(tokens)
     return outputs
 
 
+def _tuned_or_frozen(
+    tuned: Tensor,
+    rows: tuple[Tensor, Tensor] | None,
+    layer: Layer,
+    frozen: Layer,
+    tokens: Tensor,
+    mask: Tensor | None,
+    *,
+    reference: bool,
+) -> Tensor:
+    if rows is None:
+        ours = layer(tokens, mask)
+        return _mix(tuned, ours, frozen(ours if reference else tokens, mask))
+    return _choose(tuned, rows, layer, frozen, tokens, mask)
+
+
 def run_spottune(
-    layers: Sequence[LayerParts], tokens: Tensor, mask: Tensor | None, policy: Tensor, *, reference: bool = False
+    layers: Sequence[LayerParts],
+    tokens: Tensor,
+    mask: Tensor | None,
+    policy: Tensor,
+    *,
+    reference: bool = False,
+    run: Run = run_once,
 ) -> list[Tensor]:
     """Choose between trained and frozen version of each head and part for each sample.
 
@@ -129,31 +165,47 @@ def run_spottune(
         mask: whatever the layers take.
         policy: (B, N (H + 3)), 1 = trained; of each layer in turn its heads, attention output, intermediate, output.
         reference: as published: the attention output is always the trained one, and its decision has no gradient.
+        run: see ``Run``.
     """
     per_layer = policy.shape[1] // max(len(layers), 1)
     _check_decisions(policy, len(layers) * per_layer)
     rows = _rows_of(policy)
+    step = partial(_tune_parts, num_layers=len(layers), reference=reference)
     outputs = []
     for number, (layer, decisions) in enumerate(zip(layers, policy.split(per_layer, dim=1), strict=True)):
-        heads, parts = decisions[:, :-PARTS], decisions[:, -PARTS:].unbind(1)
         first = (number + 1) * per_layer - PARTS
-        rows_of_parts = [None] * PARTS if rows is None else rows[first : first + PARTS]
-        context = _contexts(layer, tokens, mask, heads, len(layers), hard=rows is not None)
-
-        def part(place: int, run: Branch, *inputs: Tensor, parts=parts, rows=rows_of_parts) -> Tensor:
-            ours, theirs = partial(run, frozen=False), partial(run, frozen=True)
-            if rows[place] is None:
-                return _mix(parts[place], ours(*inputs), theirs(*inputs))
-            return _choose(parts[place], rows[place], ours, theirs, *inputs)
-
-        if reference:  # the published code mixes the trained output with itself
-            ours = layer.attention_output(context, tokens, frozen=False)
-            tokens = _mix(parts[0], ours, ours)
-        else:
-            tokens = part(0, layer.attention_output, context, tokens)
-        tokens = part(2, layer.narrow, part(1, layer.widen, tokens), tokens)
+        chosen = None if rows is None else rows[first : first + PARTS]
+        tokens = run(number, step, decisions, chosen, layer, tokens, mask)
         outputs.append(tokens)
     return outputs
+
+
+def _tune_parts(
+    decisions: Tensor,
+    rows: list[tuple[Tensor, Tensor]] | None,
+    layer: LayerParts,
+    tokens: Tensor,
+    mask: Tensor | None,
+    *,
+    num_layers: int,
+    reference: bool,
+) -> Tensor:
+    """A layer's heads and parts, as its (B, H + 3) decisions say; ``rows`` of the parts, None where some are soft."""
+    heads, parts = decisions[:, :-PARTS], decisions[:, -PARTS:].unbind(1)
+    context = _contexts(layer, tokens, mask, heads, num_layers, hard=rows is not None)
+
+    def part(place: int, branch: Branch, *inputs: Tensor) -> Tensor:
+        ours, theirs = partial(branch, frozen=False), partial(branch, frozen=True)
+        if rows is None:
+            return _mix(parts[place], ours(*inputs), theirs(*inputs))
+        return _choose(parts[place], rows[place], ours, theirs, *inputs)
+
+    if reference:  # the published code mixes the trained output with itself
+        ours = layer.attention_output(context, tokens, frozen=False)
+        tokens = _mix(parts[0], ours, ours)
+    else:
+        tokens = part(0, layer.attention_output, context, tokens)
+    return part(2, layer.narrow, part(1, layer.widen, tokens), tokens)
 
 
 def _contexts(

@@ -17,6 +17,7 @@ from models.config_values import ConfigTable, is_fraction, is_positive_int
 from models.errors import ModelError
 from models.layers import attention, join_heads, split_heads
 from models.linear import Linear
+from models.recompute import NOTHING
 
 _EPS = 1e-5  # the published configs say the same; transformers 4.26 reads no other
 
@@ -89,6 +90,7 @@ class CLIPVisionTransformer(nn.Module):
         """Build it with random weights."""
         super().__init__()
         self.config = config
+        self.recompute = NOTHING
         self.embeddings = _Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=_EPS)  # spelt so in every checkpoint
         self.encoder = nn.Module()
@@ -105,8 +107,9 @@ class CLIPVisionTransformer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), normalised -> (B, N, D), tokens after the last layer, without the last norm."""
         tokens = self.pre_layrnorm(self.embeddings(pixels))
-        for layer in self.encoder.layers:
-            tokens = layer(tokens)
+        recompute = self.recompute if tokens.requires_grad else NOTHING  # a frozen tower keeps nothing anyway
+        for number, layer in enumerate(self.encoder.layers):
+            tokens = recompute.run(number, layer, tokens, draws=self.training)
         return tokens
 
 

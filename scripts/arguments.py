@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from data.errors import DataError
+from scripts.config_checks import recompute
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Argument parser that reports a mistake in one line and exit code 2, without the usage block."""
@@ -78,6 +81,36 @@ def switch(group: Any, name: str, *, default: bool | None, help: str, negative: 
     """Add ``--name`` and ``--no_name``, as the originals spell their pairs."""
     group.add_argument(f"--{name}", action="store_true", default=default, help=help)
     group.add_argument(f"--{negative or 'no_' + name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+
+
+def recompute_policy(text: str) -> str:
+    """Argument type: which layers are recomputed."""
+    try:
+        return recompute(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be {error}, got {text!r:.40}") from None
+
+
+def add_recompute_flags(group: Any, *, default: str) -> None:
+    """Activation checkpointing; ``default`` is for the help, the programs fill it in."""
+    group.add_argument(
+        "--recompute",
+        type=recompute_policy,
+        metavar="WHAT",
+        help="layers that the backward pass computes again, for less memory and more time: none, full, every_K (the "
+        f"first of each K layers) (default: {default})",
+    )
+
+
+def settle_recompute(args: argparse.Namespace, flag: str, meaning: str) -> None:
+    """Give ``args.recompute`` what an original's flag means.
+
+    Raises:
+        DataError: --recompute says another thing.
+    """
+    if args.recompute not in (None, meaning):
+        raise DataError(f"--recompute {args.recompute} and {flag} contradict each other: leave one of them out")
+    args.recompute = meaning
 
 
 def add_start_flags(parser: argparse.ArgumentParser) -> None:
@@ -184,8 +217,9 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
         group,
         "checkpoint_activations",
         default=None,
-        help="recompute each layer in backward: less memory, about 1.33 x the time (default: recipe)",
+        help="the same as --recompute full (--no_checkpoint_activations: none)",
     )
+    add_recompute_flags(group, default="recipe")
     group.add_argument("--compile", action="store_true", help="torch.compile each repeated layer")
     group.add_argument(
         "--initial_scale_power", type=count, default=16, help="the fp16 loss scaler starts at 2 to this power"

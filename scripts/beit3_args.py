@@ -20,6 +20,7 @@ from scripts.arguments import (
     number,
     positive,
     positive_int,
+    settle_recompute,
     switch,
 )
 from scripts.beit3_checkpoint import TOKENIZER_FILE, checkpoint_folder, read_checkpoint_config
@@ -43,7 +44,7 @@ _VQAV2 = {
     "randaug": True,
     "hflip": True,
     "min_crop_scale": 0.5,
-    "checkpoint_activations": False,
+    "recompute": "none",
     "seed": 42,
     "save_ckpt_freq": 5,
     "num_max_bpe_tokens": 64,
@@ -54,7 +55,7 @@ _CAPTIONING = _VQAV2 | {
     "weight_decay": 0.05,
     "task_head_lr_weight": 0.0,
     "opt_betas": [0.9, 0.999],
-    "checkpoint_activations": True,
+    "recompute": "full",
     "num_max_bpe_tokens": 32,
     "captioning_mask_prob": 0.7,
 }
@@ -70,12 +71,12 @@ _DRAWN_SCENES = {
     "randaug": False,
     "hflip": False,
     "min_crop_scale": 1.0,
-    "checkpoint_activations": False,
+    "recompute": "none",
     "num_max_bpe_tokens": 32,
 }
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("vqav2", "base"): _VQAV2,
-    ("vqav2", "large"): _VQAV2 | {"lr": 2e-5, "drop_path": 0.15, "checkpoint_activations": True},
+    ("vqav2", "large"): _VQAV2 | {"lr": 2e-5, "drop_path": 0.15, "recompute": "full"},
     ("vqav2", "tiny"): _VQAV2 | _DRAWN_SCENES | {"lr": 5e-4},
     ("coco_captioning", "base"): _CAPTIONING,
     ("coco_captioning", "large"): _CAPTIONING | {"lr": 8e-6},
@@ -356,6 +357,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.notes.append("--resume has no effect: --eval takes its weights from --finetune")
     _settle_deepspeed(args, parser)
     try:
+        if args.checkpoint_activations is not None:
+            meaning = ("--no_checkpoint_activations", "none"), ("--checkpoint_activations", "full")
+            settle_recompute(args, *meaning[args.checkpoint_activations])
         _fill_recipe(args)
         beit3_config(args.model, args.task, image_size=args.input_size)
     except (DataError, ModelError) as error:

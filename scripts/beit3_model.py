@@ -35,7 +35,6 @@ class ModelChoice:
     vocab_size: int | None = None  # None: the checkpoint's, else the published one (tiny: the tokenizer's)
     max_tokens: int | None = None  # longest text of the run; None where that is checked elsewhere
     drop_path: float = 0.0
-    checkpoint_activations: bool = False
     model_key: str = "model|module"
     model_prefix: str = ""
 
@@ -80,12 +79,7 @@ def build_model(
     room = config.max_text_positions - 2
     if choice.max_tokens is not None and choice.max_tokens > room:
         raise DataError(f"--num_max_bpe_tokens {choice.max_tokens}: the model has room for {room} tokens: lower it")
-    model = build_beit3(
-        choice.task,
-        config,
-        num_classes=num_answers,
-        checkpoint_activations=choice.checkpoint_activations,
-    )
+    model = build_beit3(choice.task, config, num_classes=num_answers)
     if choice.resume_from:
         return model
     if state is None:

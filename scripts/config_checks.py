@@ -74,6 +74,19 @@ def one_of(*choices: Any) -> Check:
     return check
 
 
+def recompute(value: Any) -> str:
+    """What ``models.recompute`` reads."""
+    if text(value) in ("none", "full"):
+        return value
+    from models.errors import ModelError
+    from models.recompute import Recompute  # torch, for which nobody waits without need
+
+    try:
+        return str(Recompute.parse(value))
+    except ModelError:
+        raise ValueError("none, full, or every_K with K of 2 or more") from None
+
+
 def list_of(item: Check, length: int | None = None) -> Check:
     """A list whose entries pass ``item``."""
 

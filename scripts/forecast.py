@@ -1,7 +1,7 @@
 """Predict a training step's memory at full size, without weights, data or a GPU, and what batch a card has room for.
 
     python scripts/forecast.py all                                    # the published recipes, the table of the docs
-    python scripts/forecast.py beit3 --model beit3_large_patch16_480 --checkpoint_activations
+    python scripts/forecast.py beit3 --model beit3_large_patch16_480 --recompute full
     python scripts/forecast.py vlbert --cfg cfgs/vqa/base_spottune.yaml
     python scripts/forecast.py llava --model 13b --lora_r 64 --batch_size 4
 
@@ -15,13 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import gc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from scripts.arguments import OneLineParser, number, positive_int
+from scripts.arguments import OneLineParser, add_recompute_flags, number, positive_int
 from scripts.program import run
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--boxes", type=positive_int, help="of vlbert: regions of an image (default: 100)")
     p.add_argument("--lora_r", type=positive_int, help="of llava: rank of the adapters (default: 128)")
     p.add_argument("--lora_dropout", type=number(float, low=0, high=1, below=True), help="of llava (default: 0.05)")
-    p.add_argument("--checkpoint_activations", action="store_true", help="beit3 and llava: recompute each layer")
+    add_recompute_flags(p, default="none")
     p.add_argument("--batch_size", type=positive_int, help="samples per step and process (default: the recipe's)")
     p.add_argument("--words", type=positive_int, help="tokens of the longest text (default: usual questions)")
     p.add_argument("--amp", choices=("bf16", "no"), default="bf16", help="precision (default: %(default)s)")
@@ -67,10 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 _FLAGS_OF = {
-    "beit3": {"task", "checkpoint_activations"},
+    "beit3": {"task"},
     "vle": {"image_size"},
     "vlbert": {"cfg", "boxes"},
-    "llava": {"lora_r", "lora_dropout", "checkpoint_activations"},
+    "llava": {"lora_r", "lora_dropout"},
 }
 
 
@@ -81,9 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     own = _FLAGS_OF.get(args.family, set())
     for flag in sorted({flag for flags in _FLAGS_OF.values() for flag in flags} - own):
         value = getattr(args, flag)
-        if value is not None and value is not False:
+        if value is not None:
             parser.error(f"--{flag} is not for {args.family}: leave it out")
-    given = [flag for flag in ("model", "batch_size", "words") if getattr(args, flag) is not None]
+    given = [flag for flag in ("model", "recompute", "batch_size", "words") if getattr(args, flag) is not None]
     if args.family == "all" and given:
         parser.error(f"--{given[0]} is not for all, which takes the published recipes: name a family")
     if args.family == "vlbert" and args.model:
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     head += "\n" + "|---" * (4 + len(args.cards)) + "|"
     for name, one in rows:
         batch_size = one.batch_size or _DEFAULTS[one.family][1]
-        found = predict(partial(build_step, one), batch_size, amp=one.amp, cards=args.cards)
+        found = predict(build_step(one), batch_size, amp=one.amp, cards=args.cards)
         if head:
             print(head)
             head = ""
@@ -107,16 +106,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _name(args: argparse.Namespace) -> str:
     words = [args.model or _DEFAULTS[args.family][0], args.task, args.cfg and Path(args.cfg).stem]
-    words += ["recomputing" if args.checkpoint_activations else None, "float32" if args.amp == "no" else None]
+    words += [args.recompute and f"recompute {args.recompute}", "float32" if args.amp == "no" else None]
     return " ".join(word for word in words if word)
 
 
 PUBLISHED = {  # label in the docs → flags
     "BEiT-3 base 480, VQAv2": "beit3",
     "BEiT-3 base 480, captioning, recomputing": "beit3 --task coco_captioning --batch_size 32 --words 32 "
-    "--checkpoint_activations",
+    "--recompute full",
     "BEiT-3 large 480, VQAv2": "beit3 --model beit3_large_patch16_480",
-    "BEiT-3 large 480, VQAv2, recomputing": "beit3 --model beit3_large_patch16_480 --checkpoint_activations",
+    "BEiT-3 large 480, VQAv2, recomputing": "beit3 --model beit3_large_patch16_480 --recompute full",
     "VLE base 384": "vle",
     "VLE large 384": "vle --model vle-large",
     "VL-BERT base, Standard": "vlbert --cfg cfgs/vqa/base_4X16G_fp32.yaml",
@@ -125,17 +124,25 @@ PUBLISHED = {  # label in the docs → flags
     "VL-BERT base, BlockDrop": "vlbert --cfg cfgs/vqa/base_blockdrop.yaml",
     "VL-BERT large, Standard": "vlbert --cfg cfgs/vqa/large_4X16G_fp32.yaml",
     "LLaVA-1.5 7B, LoRA r = 128": "llava",
-    "LLaVA-1.5 7B, LoRA r = 128, recomputing": "llava --checkpoint_activations",
-    "LLaVA-1.5 13B, LoRA r = 128, recomputing": "llava --model 13b --checkpoint_activations",
+    "LLaVA-1.5 7B, LoRA r = 128, recomputing": "llava --recompute full",
+    "LLaVA-1.5 13B, LoRA r = 128, recomputing": "llava --model 13b --recompute full",
 }
 
 
-def build_step(args: argparse.Namespace, batch_size: int) -> "Step":
-    """The family's model and loss at a batch size.
+def build_step(args: argparse.Namespace) -> "Step":
+    """The family's model, with the layers marked that are recomputed, and its batches.
 
     Raises:
         ModelError, DataError: there is no such model or config.
     """
+    from models.recompute import Recompute, set_recompute
+
+    step = _family_step(args)
+    set_recompute(step.model, Recompute.parse(args.recompute or "none"))
+    return step
+
+
+def _family_step(args: argparse.Namespace) -> "Step":
     import torch
 
     from models.errors import ModelError
@@ -144,39 +151,28 @@ def build_step(args: argparse.Namespace, batch_size: int) -> "Step":
     name, _, usual = _DEFAULTS[args.family]
     name, words = args.model or name, args.words or usual
     if args.family == "beit3":
-        return steps.beit3_step(
-            name,
-            task=args.task or "vqav2",
-            batch_size=batch_size,
-            words=words,
-            drop_path=0.1,
-            checkpoint_activations=args.checkpoint_activations,
-        )
+        return steps.beit3_step(name, task=args.task or "vqav2", words=words, drop_path=0.1)
     if args.family == "vlbert":
-        return steps.vlbert_step(
-            args.cfg or "cfgs/vqa/base_4X16G_fp32.yaml", batch_size=batch_size, words=words, boxes=args.boxes or 100
-        )
+        return steps.vlbert_step(args.cfg or "cfgs/vqa/base_4X16G_fp32.yaml", words=words, boxes=args.boxes or 100)
     known = steps.VLE_MODELS if args.family == "vle" else steps.LLAVA_MODELS
     if name not in known:
         raise ModelError(f"--model {name}: no such {args.family} model here; choose from {', '.join(known)}")
     if args.family == "vle":
-        return steps.vle_step(name, batch_size=batch_size, words=words, image_size=args.image_size or 384)
+        return steps.vle_step(name, words=words, image_size=args.image_size or 384)
     return steps.llava_step(
         name,
-        batch_size=batch_size,
         words=words,
         rank=args.lora_r or 128,
         dropout=0.05 if args.lora_dropout is None else args.lora_dropout,
         dtype=torch.bfloat16 if args.amp == "bf16" else None,
-        checkpoint_activations=args.checkpoint_activations,
     )
 
 
-def predict(build: Callable[[int], "Step"], batch_size: int, *, amp: str, cards: list[int]) -> Prediction:
+def predict(step: "Step", batch_size: int, *, amp: str, cards: list[int]) -> Prediction:
     """Memory at a batch size, and the largest batch of each card, 0 where not even one sample fits."""
-    held, peak = step_memory(build(batch_size), amp)
-    _, least = step_memory(build(1), amp)  # with few samples the optimizer's step may be the highest point
-    (_, many), (_, twice) = (step_memory(build(size), amp) for size in (_MANY, 2 * _MANY))
+    held, peak = step_memory(step, batch_size, amp)
+    _, least = step_memory(step, 1, amp)  # with few samples the optimizer's step may be the highest point
+    (_, many), (_, twice) = (step_memory(step, size, amp) for size in (_MANY, 2 * _MANY))
     each = (twice - many) / _MANY  # activations grow with the batch, all else stays
     largest = {}
     for card in cards:
@@ -185,7 +181,7 @@ def predict(build: Callable[[int], "Step"], batch_size: int, *, amp: str, cards:
     return Prediction(held, peak, largest)
 
 
-def step_memory(step: "Step", amp: str) -> tuple[int, int]:
+def step_memory(step: "Step", batch_size: int, amp: str) -> tuple[int, int]:
     """Bytes held from step to step and bytes at most, of a step without values."""
     import torch
 
@@ -196,9 +192,11 @@ def step_memory(step: "Step", amp: str) -> tuple[int, int]:
     optimizer = torch.optim.AdamW(trained, fused=True)
     memory = StepMemory(optimizer, torch.device("cpu"))
     step.model.train()
+    compute = step.batch(batch_size)
+    gc.collect()  # what a step before has left in circles
     with memory:
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
-            loss = step.loss()
+            loss = compute()
         loss.backward()
         with SHAPES_ONLY:
             torch.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.errors import DataError
+from engine.forecast import SHAPES_ONLY
 from models.beit3.config import TASK_SUFFIXES, beit3_config
 from models.beit3.tasks import build_beit3, captioning_loss
 from models.clip_vision import CLIPVisionConfig
@@ -27,38 +27,38 @@ from scripts.vlbert_config import find_config, read_config
 from scripts.vlbert_model import build_network
 
 NUM_ANSWERS = 3129
-SHAPES_ONLY = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model with the weights that train marked, and the loss of a batch."""
+    """A model with the weights that train marked, and what makes a batch of a size: its loss, when it is called."""
 
     model: nn.Module
-    loss: Callable[[], Tensor]
+    batch: Callable[[int], Callable[[], Tensor]]
 
 
 # -------------------------------------------------------------------------------------------------------------- BEiT-3
-def beit3_step(
-    name: str, *, task: str, batch_size: int, words: int, drop_path: float, checkpoint_activations: bool
-) -> Step:
+def beit3_step(name: str, *, task: str, words: int, drop_path: float) -> Step:
     """BEiT-3 as ``run_beit3_finetuning.py`` trains it; captions have seven of ten words masked."""
     config = beit3_config(name, task, drop_path=drop_path)
     captioning = TASK_SUFFIXES[task] == "captioning"
     side = config.image_size
     with SHAPES_ONLY:
-        model = build_beit3(
-            task, config, num_classes=None if captioning else NUM_ANSWERS, checkpoint_activations=checkpoint_activations
-        )
-        image, targets = torch.empty(batch_size, 3, side, side), torch.empty(batch_size, NUM_ANSWERS)
+        model = build_beit3(task, config, num_classes=None if captioning else NUM_ANSWERS)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name not in model.unused_in_finetuning())
-    ids, padding = torch.full((batch_size, words), 7), torch.zeros(batch_size, words, dtype=torch.long)
-    padding[0, -1] = 1  # a batch without padding takes no mask
-    if not captioning:
-        return Step(model, lambda: vqa_loss(model(image, ids, padding), targets))
-    masked = (torch.arange(words) % 10 < 7).expand(batch_size, -1)
-    return Step(model, lambda: captioning_loss(model(image, ids, padding, masked), ids[masked]))
+
+    def batch(batch_size: int) -> Callable[[], Tensor]:
+        with SHAPES_ONLY:
+            image, targets = torch.empty(batch_size, 3, side, side), torch.empty(batch_size, NUM_ANSWERS)
+        ids, padding = torch.full((batch_size, words), 7), torch.zeros(batch_size, words, dtype=torch.long)
+        padding[0, -1] = 1  # a batch without padding takes no mask
+        if not captioning:
+            return lambda: vqa_loss(model(image, ids, padding), targets)
+        masked = (torch.arange(words) % 10 < 7).expand(batch_size, -1)
+        return lambda: captioning_loss(model(image, ids, padding, masked), ids[masked])
+
+    return Step(model, batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------- VLE
@@ -77,16 +77,21 @@ def _vle_values(width: int, layers: int, patch_size: int) -> dict[str, Any]:
 VLE_MODELS = {"vle-base": _vle_values(768, 12, 16), "vle-large": _vle_values(1024, 24, 14)}
 
 
-def vle_step(name: str, *, batch_size: int, words: int, image_size: int) -> Step:
+def vle_step(name: str, *, words: int, image_size: int) -> Step:
     """VLE as ``run_vle_vqa.py`` trains it."""
     config = VLEConfig.from_dict(VLE_MODELS[name])
     config = replace(config, vision=replace(config.vision, image_size=image_size))
     with SHAPES_ONLY:
         model = VLEForVQA(config, NUM_ANSWERS)
-        pixels, targets = torch.empty(batch_size, 3, image_size, image_size), torch.empty(batch_size, NUM_ANSWERS)
-    ids, mask = torch.full((batch_size, words), 7), torch.ones(batch_size, words, dtype=torch.long)
-    mask[0, -1] = 0
-    return Step(model, lambda: vqa_loss(model(pixels, ids, mask), targets))
+
+    def batch(batch_size: int) -> Callable[[], Tensor]:
+        with SHAPES_ONLY:
+            pixels, targets = torch.empty(batch_size, 3, image_size, image_size), torch.empty(batch_size, NUM_ANSWERS)
+        ids, mask = torch.full((batch_size, words), 7), torch.ones(batch_size, words, dtype=torch.long)
+        mask[0, -1] = 0
+        return lambda: vqa_loss(model(pixels, ids, mask), targets)
+
+    return Step(model, batch)
 
 
 # ------------------------------------------------------------------------------------------------------------- VL-BERT
@@ -95,22 +100,24 @@ class _Drawn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
-        return torch.randn(scores.shape)
+        return torch.randn(scores.shape, device=scores.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         with SHAPES_ONLY:
-            return torch.empty(gradient.shape)
+            return torch.empty(gradient.shape, device=gradient.device)
 
 
-class _Policy(nn.Module):
+class DrawnPolicy(nn.Module):
     """A policy whose decisions have values, since the layers look at them on the host."""
 
     def __init__(self, policy: nn.Module) -> None:
+        """Stand in the place of ``policy``."""
         super().__init__()
         self.policy = policy
 
     def forward(self, *inputs: Any, **more: Any) -> Tensor:
+        """Run it for its memory, and draw other scores."""
         return _Drawn.apply(self.policy(*inputs, **more))
 
 
@@ -120,7 +127,7 @@ class _Words:
     cls_id, sep_id, mask_id = 101, 102, 103
 
 
-def vlbert_step(config_file: str, *, batch_size: int, words: int, boxes: int) -> Step:
+def vlbert_step(config_file: str, *, words: int, boxes: int) -> Step:
     """VL-BERT as ``scripts/vqa/train_end2end.py`` trains it over precomputed features.
 
     Raises:
@@ -131,13 +138,18 @@ def vlbert_step(config_file: str, *, batch_size: int, words: int, boxes: int) ->
         raise DataError(f"--cfg {config_file} looks at the images themselves: only precomputed features are predicted")
     with SHAPES_ONLY:
         model = build_network(config, NUM_ANSWERS, _Words, reference=False)
-        targets = torch.empty(batch_size, NUM_ANSWERS)
     if model.policy is not None:
-        model.policy = _Policy(model.policy)
-    regions = torch.rand(batch_size, boxes, 4 + 2048)
-    sizes = torch.tensor([[640.0, 480.0]]).expand(batch_size, -1)
-    question = torch.full((batch_size, words), 7)
-    return Step(model, lambda: vqa_loss(model(regions, sizes, question).logits, targets))
+        model.policy = DrawnPolicy(model.policy)
+
+    def batch(batch_size: int) -> Callable[[], Tensor]:
+        with SHAPES_ONLY:
+            targets = torch.empty(batch_size, NUM_ANSWERS)
+        regions = torch.rand(batch_size, boxes, 4 + 2048)
+        sizes = torch.tensor([[640.0, 480.0]]).expand(batch_size, -1)
+        question = torch.full((batch_size, words), 7)
+        return lambda: vqa_loss(model(regions, sizes, question).logits, targets)
+
+    return Step(model, batch)
 
 
 # --------------------------------------------------------------------------------------------------------------- LLaVA
@@ -151,16 +163,7 @@ _TOWER = {
 }  # fmt: skip
 
 
-def llava_step(
-    name: str,
-    *,
-    batch_size: int,
-    words: int,
-    rank: int,
-    dropout: float,
-    dtype: torch.dtype | None,
-    checkpoint_activations: bool,
-) -> Step:
+def llava_step(name: str, *, words: int, rank: int, dropout: float, dtype: torch.dtype | None) -> Step:
     """LLaVA-1.5 as ``run_llava_lora.py`` trains it: frozen weights in the run's precision, trained ones in float32.
 
     A sample is an image and ``words`` tokens, of which the last five are its answer.
@@ -174,10 +177,14 @@ def llava_step(
             parameter.requires_grad_(is_trained)
             if not is_trained:
                 parameter.data = parameter.data.to(dtype or torch.float32)
-        pixels = torch.empty(batch_size, 3, _TOWER["image_size"], _TOWER["image_size"])
-    model.model.checkpoint_layers = checkpoint_activations
-    ids = torch.full((batch_size, words), 7)
-    ids[:, 1] = IMAGE_PLACE
-    labels = torch.full((batch_size, words), IGNORED)
-    labels[:, -5:] = 7
-    return Step(model, lambda: model(ids, pixels, labels=labels).loss)
+
+    def batch(batch_size: int) -> Callable[[], Tensor]:
+        with SHAPES_ONLY:
+            pixels = torch.empty(batch_size, 3, _TOWER["image_size"], _TOWER["image_size"])
+        ids = torch.full((batch_size, words), 7)
+        ids[:, 1] = IMAGE_PLACE
+        labels = torch.full((batch_size, words), IGNORED)
+        labels[:, -5:] = 7
+        return lambda: model(ids, pixels, labels=labels).loss
+
+    return Step(model, batch)

@@ -14,12 +14,14 @@ from engine.errors import EngineError
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
+    add_recompute_flags,
     count,
     fraction,
     not_negative,
     number,
     positive,
     positive_int,
+    settle_recompute,
     switch,
 )
 
@@ -179,7 +181,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     _yes(group, "fp16", False, "float16 with a loss scaler")
     _yes(group, "tf32", True, "allow TF32 in float32 matrix products on CUDA")
-    _yes(group, "gradient_checkpointing", True, "recompute each decoder layer in the backward pass")
+    add_recompute_flags(group, default="full")
+    _yes(group, "gradient_checkpointing", None, "the same as --recompute full (False: none)")
     group.add_argument("--deepspeed", help="DeepSpeed's JSON file, such as scripts/zero2.json or scripts/zero3.json")
     group.add_argument("--device", default="auto", help="auto (CUDA when there is one), cuda, cuda:N or cpu")
     group.add_argument("--dist_timeout", type=positive, default=1800.0, help="seconds until a lost rank ends the job")
@@ -215,6 +218,9 @@ def parse_args(argv: list[str] | None = None, *, data_is_made: bool = True) -> a
     args.notes = []
     try:
         _check(args)
+        if args.gradient_checkpointing is not None:
+            given = f"--gradient_checkpointing {args.gradient_checkpointing}"
+            settle_recompute(args, given, "full" if args.gradient_checkpointing else "none")
         _note_what_has_no_effect(args, parser)
         _find_places(args, data_is_made)
         _read_deepspeed(args)
@@ -341,6 +347,7 @@ def _read_deepspeed(args: argparse.Namespace) -> None:
 def _fill_in_shared(args: argparse.Namespace) -> None:
     """Names under which the parts that all families share look their settings up."""
     args.mode = mode_of(args)
+    args.recompute = args.recompute or "full"
     if args.mm_projector_lr is None and args.mode == "lora" and args.learning_rate > 0:
         args.mm_projector_lr = 2e-5
     args.task, args.model = f"llava_{args.mode}", Path(args.model_name_or_path).resolve().name

@@ -64,7 +64,6 @@ def build_for_training(args: argparse.Namespace, dtype: torch.dtype | None, devi
         parameter.requires_grad_(_is_trained(name, args))
         if parameter.requires_grad and in_16_bits:
             parameter.data = parameter.data.to(dtype)  # adapters, which start in float32
-    folder.model.model.checkpoint_layers = args.gradient_checkpointing
     folder.model.to(device)
     return folder
 

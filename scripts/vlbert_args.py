@@ -9,6 +9,7 @@ from data.errors import DataError
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
+    add_recompute_flags,
     count,
     fraction,
     not_negative,
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reference_adamw", action="store_true", help="AdamW in the original's arithmetic (default: torch's)"
     )
     group.add_argument("--max_nonfinite", type=positive_int, default=10, help="bad steps in a row before the end")
+    add_recompute_flags(group, default="TRAIN.RECOMPUTE")
     group.add_argument("--enable_deepspeed", action="store_true", help="train with DeepSpeed instead of plain torch")
     group.add_argument("--zero_stage", type=int, choices=[0, 1, 2, 3], help="DeepSpeed's stage (default: 1)")
     group = parser.add_argument_group("output, checkpoints and resume")
@@ -240,6 +242,7 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     args.eval_batch_size = config["VAL"]["BATCH_IMAGES"]
     args.output_dir = str(args.run_dir)
     args.log_every = args.log_every or config["LOG_FREQUENT"]
+    args.recompute = args.recompute or train["RECOMPUTE"]
     args.clip_grad = train["CLIP_GRAD_NORM"] if train["CLIP_GRAD_NORM"] > 0 else None
     if args.auto_resume is None:
         args.auto_resume = train["AUTO_RESUME"]

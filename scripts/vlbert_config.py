@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from data.errors import DataError
-from scripts.config_checks import Check, list_of, one_of, real, text, truth, unknown_key, whole
+from scripts.config_checks import Check, list_of, one_of, real, recompute, text, truth, unknown_key, whole
 
 CONFIG_ROOT = Path(__file__).resolve().parent  # cfgs/vqa/… is looked up here as well
 EXTENDS = "EXTENDS"
@@ -206,6 +206,7 @@ SCHEMA: dict[str, Any] = {
         "BEGIN_EPOCH": Key(whole(0), 0, "see RESUME"),
         "AUTO_RESUME": Key(truth, True, "go on from the newest checkpoint"),
         "FP16": Key(truth, False, "half precision on CUDA, as --amp fp16"),
+        "RECOMPUTE": Key(recompute, "none", "ours: layers that the backward pass computes again: none, full, every_K"),
         **_without_effect(dict.fromkeys(("FP16_LOSS_SCALE", "LOSS_LOGGERS"))),
     },
     "VAL": {

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import read_json
-from scripts.config_checks import real, text, truth, unknown_key, whole
+from scripts.config_checks import real, recompute, text, truth, unknown_key, whole
 
 COSINE = "cosine"
 ORIGINAL_MAX_TEXT_LEN = 50
@@ -92,6 +92,7 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
     "max_epoch": (whole(1), "epochs"),
     "max_steps": (_steps, "optimizer steps of the whole run, instead of epochs (-1: epochs decide)"),
     "precision": (_precision, '16, 32 or "bf16"'),
+    "recompute": (recompute, "ours: layers that the backward pass computes again: none, full, every_K"),
     "resume_from": (_path_or_none, "checkpoint folder to go on from"),
     "fast_dev_run": (truth, "build everything, take two steps, write nothing (--dry_run)"),
     "val_check_interval": (real(0.0), "must be 1.0: validation after every epoch"),

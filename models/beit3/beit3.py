@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.beit3.config import BEiT3Config, StartValues
 from models.errors import ModelError
 from models.layers import add_residual, attention, drop_path_scales, init_linear_truncated_
 from models.linear import Linear
+from models.recompute import NOTHING
 
 FIRST_POSITION = 2  # both position tables begin with two rows that no token uses
 
@@ -163,11 +163,11 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Position tables, the layers, and for some tasks a final layer norm."""
 
-    def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool) -> None:
-        """``checkpoint_activations`` recomputes each layer in the backward pass instead of storing its activations."""
+    def __init__(self, config: BEiT3Config) -> None:
+        """Build it with torch's own start values."""
         super().__init__()
         self.drop_path = config.drop_path
-        self.checkpoint_activations = checkpoint_activations
+        self.recompute = NOTHING
         num_rows = iter((config.num_image_tokens + FIRST_POSITION, config.max_text_positions))
         self.embed_positions = Multiway(lambda: nn.Embedding(next(num_rows), config.embed_dim))
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
@@ -185,14 +185,10 @@ class Encoder(nn.Module):
         scales = [None] * len(self.layers)
         if self.training and self.drop_path > 0:
             scales = drop_path_scales(self.drop_path, len(self.layers), 2, stream.shape[0], stream.device).unbind(0)
-        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for index, (layer, layer_scales) in enumerate(zip(self.layers, scales, strict=True)):
             layer_keep = keep if index == len(self.layers) - 1 else None
-            inputs = (image, text, masks, layer_keep, layer_scales)
-            if recompute:  # no random state to restore: the only draws are an input
-                image, text = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                image, text = layer(*inputs)
+            # the only draws, those of stochastic depth, are an input
+            image, text = self.recompute.run(index, layer, image, text, masks, layer_keep, layer_scales, draws=False)
         if self.layer_norm is not None:
             image, text = self.layer_norm(image, text)
         return _tie_empty(image, text)
@@ -238,13 +234,13 @@ class VisionEmbedding(nn.Module):
 class BEiT3(nn.Module):
     """Embeddings and encoder."""
 
-    def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config) -> None:
         """Modules only, with torch's own start values: the task models set theirs with ``init_beit3_weights``."""
         super().__init__()
         self.config = config
         self.text_embed = nn.Embedding(config.vocab_size, config.embed_dim)
         self.vision_embed = VisionEmbedding(config)
-        self.encoder = Encoder(config, checkpoint_activations=checkpoint_activations)
+        self.encoder = Encoder(config)
 
     def forward(
         self,

@@ -20,10 +20,10 @@ from models.linear import Linear
 class _BEiT3ForTask(nn.Module):
     """What every task shares: the trunk, and facts about parameter names that the optimizer asks for."""
 
-    def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool) -> None:
+    def __init__(self, config: BEiT3Config) -> None:
         super().__init__()
         self.config = config
-        self.beit3 = BEiT3(config, checkpoint_activations=checkpoint_activations)
+        self.beit3 = BEiT3(config)
 
     @property
     def num_layers(self) -> int:
@@ -62,9 +62,9 @@ class _Pooler(nn.Module):
 class BEiT3ForVisualQuestionAnswering(_BEiT3ForTask):
     """Choose one of a list of answers from the image's class token."""
 
-    def __init__(self, config: BEiT3Config, num_answers: int, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config, num_answers: int) -> None:
         """``num_answers`` is the length of the answer list."""
-        super().__init__(config, checkpoint_activations=checkpoint_activations)
+        super().__init__(config)
         dim, eps = config.embed_dim, config.layernorm_eps
         self.pooler = _Pooler(dim, eps)
         self.head = nn.Sequential(
@@ -81,9 +81,9 @@ class BEiT3ForVisualQuestionAnswering(_BEiT3ForTask):
 class BEiT3ForCaptioning(_BEiT3ForTask):
     """Predict masked words of a caption from the image and the words to the left."""
 
-    def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config) -> None:
         """The output layer has the vocabulary's rows and is not tied to the word embedding."""
-        super().__init__(config, checkpoint_activations=checkpoint_activations)
+        super().__init__(config)
         self.mlm_head = Linear(config.embed_dim, config.vocab_size)
         init_beit3_weights(self, config.start)
 
@@ -128,9 +128,9 @@ class _TwoLayerHead(nn.Module):
 class BEiT3ForVisualReasoning(_BEiT3ForTask):
     """NLVR2: is the sentence true of the two images?"""
 
-    def __init__(self, config: BEiT3Config, num_classes: int = 2, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config, num_classes: int = 2) -> None:
         """A new head starts near zero."""
-        super().__init__(config, checkpoint_activations=checkpoint_activations)
+        super().__init__(config)
         self.head = _TwoLayerHead(4 * config.embed_dim, 2 * config.embed_dim, num_classes, config.layernorm_eps)
         init_beit3_weights(self, config.start)
         _scale_(self.head.dense1, self.head.dense2)
@@ -148,9 +148,9 @@ class BEiT3ForVisualReasoning(_BEiT3ForTask):
 class BEiT3ForImageClassification(_BEiT3ForTask):
     """Classify the mean of the patch tokens."""
 
-    def __init__(self, config: BEiT3Config, num_classes: int = 1000, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config, num_classes: int = 1000) -> None:
         """A new head starts near zero."""
-        super().__init__(config, checkpoint_activations=checkpoint_activations)
+        super().__init__(config)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.layernorm_eps)
         self.head = Linear(config.embed_dim, num_classes)
         init_beit3_weights(self, config.start)
@@ -170,9 +170,9 @@ class BEiT3ForImageClassification(_BEiT3ForTask):
 class BEiT3ForRetrieval(_BEiT3ForTask):
     """Two separate encoders, of images and of texts, whose features are compared by their cosine."""
 
-    def __init__(self, config: BEiT3Config, *, checkpoint_activations: bool = False) -> None:
+    def __init__(self, config: BEiT3Config) -> None:
         """The factor on the cosines starts at 1 / 0.07."""
-        super().__init__(config, checkpoint_activations=checkpoint_activations)
+        super().__init__(config)
         self.language_head = Linear(config.embed_dim, config.embed_dim, bias=False)
         self.vision_head = Linear(config.embed_dim, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -199,9 +199,7 @@ def _scale_(*linears: nn.Linear) -> None:
         linear.bias.mul_(0.001)
 
 
-def build_beit3(
-    task: str, config: BEiT3Config, *, num_classes: int | None = None, checkpoint_activations: bool = False
-) -> nn.Module:
+def build_beit3(task: str, config: BEiT3Config, *, num_classes: int | None = None) -> nn.Module:
     """The model of ``--task``.
 
     Args:
@@ -209,7 +207,6 @@ def build_beit3(
         config: from ``beit3_config``.
         num_classes: answers (vqav2, where it must be given) or classes (nlvr2: 2, imagenet: 1000); captioning and
             retrieval have none.
-        checkpoint_activations: recompute each layer in the backward pass instead of storing its activations.
 
     Raises:
         ModelError: for an unknown task, or vqav2 without the number of answers.
@@ -218,18 +215,18 @@ def build_beit3(
     if role is None:
         raise ModelError(f"unknown task {task!r}: choose one of {', '.join(TASK_SUFFIXES)}")
     if role == "captioning":
-        return BEiT3ForCaptioning(config, checkpoint_activations=checkpoint_activations)
+        return BEiT3ForCaptioning(config)
     if role == "retrieval":
-        return BEiT3ForRetrieval(config, checkpoint_activations=checkpoint_activations)
+        return BEiT3ForRetrieval(config)
     if role == "nlvr2":
-        return BEiT3ForVisualReasoning(config, num_classes or 2, checkpoint_activations=checkpoint_activations)
+        return BEiT3ForVisualReasoning(config, num_classes or 2)
     if role == "imageclassification":
-        return BEiT3ForImageClassification(config, num_classes or 1000, checkpoint_activations=checkpoint_activations)
+        return BEiT3ForImageClassification(config, num_classes or 1000)
     if not num_classes:
         raise ModelError(
             "question answering needs the number of answers: take it from the answer list (answer2label.txt)"
         )
-    return BEiT3ForVisualQuestionAnswering(config, num_classes, checkpoint_activations=checkpoint_activations)
+    return BEiT3ForVisualQuestionAnswering(config, num_classes)
 
 
 # ---- losses, in float32 ----

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.errors import ModelError
 from models.layers import attention, join_heads, split_heads
 from models.linear import Linear
 from models.llava.config import LlamaConfig
+from models.recompute import NOTHING
 
 
 class RMSNorm(nn.Module):
@@ -83,7 +83,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpoint_layers = False  # recompute each layer in the backward pass instead of keeping what it made
+        self.recompute = NOTHING
 
     def decode(
         self,
@@ -117,11 +117,10 @@ class LlamaModel(nn.Module):
         rotation = rotary(positions, self.config, tokens.dtype)
         may_look = None if mask is None else _may_look(mask, tokens.shape[1])
         layers = [tokens] if keep_layers else None
+        recompute = self.recompute if cache is None else NOTHING  # a cache must be extended once
         for number, layer in enumerate(self.layers):
-            if self.checkpoint_layers and torch.is_grad_enabled():
-                tokens = checkpoint(layer, tokens, rotation, may_look, lengths, use_reentrant=False)
-            else:
-                tokens = layer(tokens, rotation, may_look, lengths, cache, number)
+            inputs = (tokens, rotation, may_look, lengths, cache, number)
+            tokens = recompute.run(number, layer, *inputs, draws=self.training)  # adapters have dropout
             if layers is not None:
                 layers.append(tokens)
         if cache is not None:

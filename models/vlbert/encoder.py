@@ -6,6 +6,7 @@ Letters: B batch, L tokens, D width, H heads, C channels of a head, F feed-forwa
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from models.adaptive import (
 from models.errors import ModelError
 from models.layers import AddAndNorm, attention, join_heads, split_heads
 from models.linear import Linear
+from models.recompute import NOTHING
 
 EPS = 1e-12
 COPY = "parallel_"  # in the names of frozen copies
@@ -61,6 +63,7 @@ class Encoder(nn.Module):
         """Build it with random weights; frozen copies start as copies of them."""
         super().__init__()
         self.config = config
+        self.recompute = NOTHING
         parts, blocks = config.strategy == "SpotTune", config.strategy == "SpotTune_Block"
         self.layer = nn.ModuleList(Layer(config, with_copies=parts) for _ in range(config.num_hidden_layers))
         if blocks:
@@ -95,14 +98,15 @@ class Encoder(nn.Module):
         if (policy is None) != (config.num_decisions == 0):
             needs = f"needs a policy of {config.num_decisions} decisions" if config.num_decisions else "takes no policy"
             raise ModelError(f"strategy {config.strategy} {needs}")
+        run = partial(self.recompute.run, draws=self.training)
         if policy is None:
-            return run_layers(self.layer, tokens, mask)
+            return run_layers(self.layer, tokens, mask, run=run)
         if config.strategy == "BlockDrop":
-            return run_block_drop(self.layer, tokens, mask, policy)
-        reference = config.reference_behaviour
+            return run_block_drop(self.layer, tokens, mask, policy, run=run)
+        how = {"reference": config.reference_behaviour, "run": run}
         if config.strategy == "SpotTune_Block":
-            return run_spottune_block(self.layer, self.parallel_layer, tokens, mask, policy, reference=reference)
-        return run_spottune(self.layer, tokens, mask, policy, reference=reference)
+            return run_spottune_block(self.layer, self.parallel_layer, tokens, mask, policy, **how)
+        return run_spottune(self.layer, tokens, mask, policy, **how)
 
 
 class Layer(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.layers import AddAndNorm, attention, join_heads, split_heads
 from models.linear import Linear
+from models.recompute import NOTHING
 from models.vle.config import VLETextConfig
 
 
@@ -71,6 +72,7 @@ class _Encoder(nn.Module):
     def __init__(self, config: VLETextConfig) -> None:
         super().__init__()
         self._config = config
+        self.recompute = NOTHING
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.rel_embeddings = nn.Embedding(2 * config.position_buckets, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # of the distances
@@ -83,8 +85,8 @@ class _Encoder(nn.Module):
         if attention_mask is not None:
             words = attention_mask.bool()
             hidden = ~(words[:, None, :, None] & words[:, None, None, :])  # (B, 1, L, L)
-        for layer in self.layer:
-            tokens = layer(tokens, embedded, place, hidden)
+        for number, layer in enumerate(self.layer):
+            tokens = self.recompute.run(number, layer, tokens, embedded, place, hidden, draws=self.training)
         return tokens
 
 

@@ -6,6 +6,7 @@ Letters: B batch, L text tokens, N image tokens (class token first), W fusion wi
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from models.clip_vision import CLIPVisionTransformer
 from models.errors import ModelError
 from models.linear import Linear
+from models.recompute import NOTHING
 from models.vle.config import VLEConfig
 from models.vle.deberta import DebertaV2
 from models.vle.fusion import FusionLayer
@@ -50,6 +52,7 @@ class VLE(nn.Module):
         """Build it with random weights."""
         super().__init__()
         self.config = config
+        self.recompute = NOTHING  # of the fusion layers
         width = config.hidden_size
         self.vision_model = nn.Module()
         self.vision_model.vision_model = CLIPVisionTransformer(config.vision)
@@ -83,10 +86,12 @@ class VLE(nn.Module):
         else:
             text, image, image_mask = self._with_boxes(text, image, boxes)
         text_mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        for text_layer, image_layer in zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True):
+        pairs = zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True)
+        for number, (text_layer, image_layer) in enumerate(pairs):
+            run = partial(self.recompute.run, number, draws=self.training)
             text, image = (
-                text_layer(text, image, text_mask, image_mask),
-                image_layer(image, text, image_mask, text_mask),
+                run(text_layer, text, image, text_mask, image_mask),
+                run(image_layer, image, text, image_mask, text_mask),
             )
         pooled = torch.cat([self.cross_modal_text_pooler(text), self.cross_modal_image_pooler(image)], dim=-1)
         return Fused(pooled, text, image)

@@ -33,6 +33,7 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.schedule import Schedule, multi_step, triangle
+from models.recompute import Recompute, set_recompute
 from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
@@ -122,6 +123,7 @@ def train(
                 f"POLICY.OPTIMIZER {policy['OPTIMIZER']} beside TRAIN.OPTIMIZER {settings['OPTIMIZER']}: both networks "
                 "share one optimizer here, make them equal"
             )
+    set_recompute(model, Recompute.parse(args.recompute))
     backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, None, clip_parts=clip_parts)
 
     # ---- 5. the plan, said once ----

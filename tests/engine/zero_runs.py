@@ -26,6 +26,7 @@ from engine.optim import build_adamw, parameter_groups
 from models.beit3.config import BEiT3Config, StartValues
 from models.beit3.tasks import BEiT3ForVisualQuestionAnswering
 from models.losses import vqa_loss
+from models.recompute import NOTHING, Recompute, set_recompute
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
@@ -36,14 +37,16 @@ USER_CONFIG = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 USER_CONFIGS = {"float32": USER_CONFIG, "bf16": {}}
 
 
-def tiny_beit3(*, drop_path: float = 0.0, checkpoint_activations: bool = False) -> BEiT3ForVisualQuestionAnswering:
+def tiny_beit3(*, drop_path: float = 0.0, recompute: Recompute = NOTHING) -> BEiT3ForVisualQuestionAnswering:
     """Two layers with the same random weights at every call."""
     torch.manual_seed(0)
     config = BEiT3Config(
         image_size=16, patch_size=8, embed_dim=16, num_layers=2, num_heads=2, mlp_ratio=2, vocab_size=30,
         max_text_positions=16, drop_path=drop_path, start=StartValues(image_positions=0.3, text_positions=0.3),
     )  # fmt: skip
-    return BEiT3ForVisualQuestionAnswering(config, 5, checkpoint_activations=checkpoint_activations)
+    model = BEiT3ForVisualQuestionAnswering(config, 5)
+    set_recompute(model, recompute)
+    return model
 
 
 def groups_of(model: torch.nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
@@ -397,7 +400,7 @@ def resume_alone(rank: int, folder: str) -> None:
     found["no-offload"] = [float(info.grad_norm) for info in train(reference, micro_batches(3, 0, world_size=1))]
     found["checkpointed"] = {}
     for stage in STAGES:
-        backend = deepspeed_backend(stage, model=tiny_beit3(checkpoint_activations=True))
+        backend = deepspeed_backend(stage, model=tiny_beit3(recompute=Recompute(1)))
         infos = train(backend, micro_batches(3, 0, world_size=1))
         found["checkpointed"][stage] = [float(info.grad_norm) for info in infos]
     found["refused"] = _refused_settings()

@@ -17,11 +17,11 @@ NUM_IMAGE, NUM_TEXT = 10, 6
 SIZES = {"patch_size": 8, "embed_dim": 24, "num_layers": 3, "num_heads": 3, "vocab_size": 40, "max_text_positions": 12}
 
 
-def trunk(*, checkpoint_activations: bool = False, **changes: object) -> BEiT3:
+def trunk(**changes: object) -> BEiT3:
     """A small trunk with weights far from their start values, so that every part matters."""
     torch.manual_seed(0)
     config = BEiT3Config(**{"image_size": IMAGE, **SIZES, **changes})
-    model = BEiT3(config, checkpoint_activations=checkpoint_activations)
+    model = BEiT3(config)
     init_beit3_weights(model, StartValues(image_positions=0.5, text_positions=0.5))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -141,27 +141,6 @@ def test_the_first_two_position_rows_are_never_read():
         table.weight[:2] = float("nan")
     for stream, expected in zip(model(image, text), before, strict=True):
         assert torch.equal(stream, expected)
-
-
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_recomputing_activations_changes_no_gradient(drop_path: float):
-    grads = []
-    for checkpoint_activations in (False, True):
-        model = trunk(checkpoint_activations=checkpoint_activations, drop_path=drop_path).train()
-        torch.manual_seed(2)
-        image_tokens, _ = model(*inputs(), keep=(1, 0))
-        grads.append(gradients(model, image_tokens.pow(2).sum()))
-    assert all(grad is None or torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
-
-
-def test_recomputing_activations_stores_less():
-    stored = []
-    for checkpoint_activations in (False, True):
-        model, sizes = trunk(checkpoint_activations=checkpoint_activations).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
-            model(*inputs())
-        stored.append(sum(sizes))
-    assert stored[1] < 0.5 * stored[0]
 
 
 def test_stochastic_depth_acts_in_training_only():

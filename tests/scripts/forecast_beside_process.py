@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from benchmarks.measure import PeakMemory
+from models.recompute import Recompute, set_recompute
 from scripts import forecast_models as steps
 from scripts.forecast import step_memory
 from tests.paths import ROOT
@@ -40,41 +41,33 @@ def vlbert_config(folder: Path, strategy: str) -> str:
 
 
 def build(name: str, folder: Path):
-    """A step of a family at a small size."""
+    """A step of a family at a small size, and the samples of its batch."""
     if name == "beit3":
-        return steps.beit3_step(
-            "beit3_tiny_patch32_96", task="vqav2", batch_size=256, words=20, drop_path=0.1, checkpoint_activations=False
-        )
+        return steps.beit3_step("beit3_tiny_patch32_96", task="vqav2", words=20, drop_path=0.1), 256
     if name == "captioning":
-        return steps.beit3_step(
-            "beit3_tiny_patch32_96",
-            task="coco_captioning",
-            batch_size=64,
-            words=20,
-            drop_path=0.1,
-            checkpoint_activations=True,
-        )
+        step = steps.beit3_step("beit3_tiny_patch32_96", task="coco_captioning", words=20, drop_path=0.1)
+        set_recompute(step.model, Recompute(1))
+        return step, 64
     if name == "vle":
         steps.VLE_MODELS["small"] = steps._vle_values(128, 3, 16)
-        return steps.vle_step("small", batch_size=16, words=20, image_size=128)
+        return steps.vle_step("small", words=20, image_size=128), 16
     if name == "llava":
         steps.LLAVA_MODELS["small"], steps._TOWER = LLAMA, TOWER
-        return steps.llava_step(
-            "small", batch_size=16, words=80, rank=16, dropout=0.05, dtype=None, checkpoint_activations=False
-        )
-    return steps.vlbert_step(vlbert_config(folder, name), batch_size=32, words=14, boxes=36)
+        return steps.llava_step("small", words=80, rank=16, dropout=0.05, dtype=None), 16
+    return steps.vlbert_step(vlbert_config(folder, name), words=14, boxes=36), 32
 
 
 def main(name: str, folder: Path) -> None:
     """Predict, then build the same with values and take three steps."""
-    _, predicted = step_memory(build(name, folder), "no")
+    _, predicted = step_memory(*build(name, folder), "no")
     steps.SHAPES_ONLY = nullcontext()
     measured = PeakMemory()
-    step = build(name, folder)
+    step, batch_size = build(name, folder)
+    compute = step.batch(batch_size)
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     for _ in range(3):
-        step.loss().backward()
+        compute().backward()
         torch.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -60,15 +60,21 @@ def test_a_card_without_room_for_one_sample_is_said(capsys):
     assert row_of(capsys, "--cards", "1", "--batch_size", "8")["1 GB"] != "no"
     assert row_of(capsys, "--model", "beit3_base_patch16_480", "--cards", "1", "--batch_size", "1")["1 GB"] == "no"
     # weights of 2.1 GB and three times this for their gradients and moments
-    found = predict(one_large_layer, 4, amp="no", cards=[9, 12])
+    found = predict(one_large_layer(), 4, amp="no", cards=[9, 12])
     assert found.held > 3 * 2.1e9
     assert found.largest[9] == 0 < found.largest[12]
 
 
-def one_large_layer(batch_size):
+def one_large_layer():
     with SHAPES_ONLY:
-        model, inputs = torch.nn.Linear(1 << 14, 1 << 15), torch.empty(batch_size, 1 << 14)
-    return Step(model, lambda: model(inputs).sum())
+        model = torch.nn.Linear(1 << 14, 1 << 15)
+
+    def batch(batch_size):
+        with SHAPES_ONLY:
+            inputs = torch.empty(batch_size, 1 << 14)
+        return lambda: model(inputs).sum()
+
+    return Step(model, batch)
 
 
 @pytest.mark.parametrize(
