@@ -26,7 +26,6 @@ from data.files import open_atomic, parse_json, read_json, write_json_atomic
 from data.zip_folder import ZipFolder
 
 FEATURE_SIZE = 2048
-DTYPES = ("float32", "float16")
 _META, _FORMAT = "regions.json", "plainvl regions 1"
 _ARRAYS = ("images", "first", "boxes", "features", "whole")
 _ADVICE = "run python scripts/pack_box_features.py again"

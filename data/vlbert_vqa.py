@@ -18,7 +18,6 @@ from data.vlbert_answers import AnswerList
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE, check_answers, read_items
 
 VQA, VQA_CP = "vqa", "vqa_cp"
-DATASETS = (VQA, VQA_CP)
 REGION_ROOT = "vgbua_res101_precomputed"
 OWN = "own"  # place of the images of a file of one's own
 SIZE_FILES = {

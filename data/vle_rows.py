@@ -21,7 +21,6 @@ from data.official_files import AbsentError
 from data.vqa_answers import AnswerVocabulary, soft_targets
 from data.vqav2_files import TEST_SPLITS, TRAIN, VAL, OfficialSplit, read_official_split, rest_val_images
 
-FORMATS = ("jsonl", "arrow")
 LABEL_FILE = "label2answer.json"  # list of answers by label
 ANSWER_FILE = "answer2label.json"
 ROWS_IN_MEMORY = 64  # of an Arrow table: image files are up to 300 KB each

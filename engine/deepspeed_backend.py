@@ -93,7 +93,7 @@ class DeepSpeedBackend:
         self._engine = self._initialize(model, config)
         self.model: nn.Module = self._engine
         _set_timeouts(timeout_s)
-        self._files = _CheckpointFiles(self._deepspeed)
+        self._files = _CheckpointFiles()
         self._engine.checkpoint_engine = self._files
         # scripts of DeepSpeed's that unpickle without care; scripts/zero_to_fp32.py is ours
         self._engine._copy_recovery_script = lambda _: None
@@ -392,7 +392,7 @@ class _CheckpointFiles:
     goes through the one safe loader.
     """
 
-    def __init__(self, deepspeed: Any) -> None:
+    def __init__(self) -> None:
         from deepspeed.runtime.fp16 import loss_scaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address

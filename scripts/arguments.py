@@ -77,10 +77,10 @@ fraction = number(float, low=0, high=1)
 finite = number(float)
 
 
-def switch(group: Any, name: str, *, default: bool | None, help: str, negative: str | None = None) -> None:
+def switch(group: Any, name: str, *, default: bool | None, help: str) -> None:
     """Add ``--name`` and ``--no_name``, as the originals spell their pairs."""
     group.add_argument(f"--{name}", action="store_true", default=default, help=help)
-    group.add_argument(f"--{negative or 'no_' + name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+    group.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
 
 
 def recompute_policy(text: str) -> str:

@@ -12,7 +12,6 @@ from data.metrics.java_metrics import UnavailableError, meteor, spice, why_unava
 from data.metrics.rouge import rouge_l
 
 JAVA_METRICS = ("METEOR", "SPICE")
-WITH_JAVA = ("auto", "no", "require")
 
 
 @dataclass(frozen=True)

@@ -42,29 +42,17 @@ class VQAAccuracy:
         overall_mean: over all questions.
         question_type_means: over the questions of each ``question_type``; empty if the annotations have none.
         answer_type_means: the same for ``answer_type``.
-        num_missing: questions without a prediction, which count as wrong.
     """
 
     per_question: dict[int, float]
     overall_mean: Mean
     question_type_means: dict[str, Mean]
     answer_type_means: dict[str, Mean]
-    num_missing: int = 0
 
     @property
     def overall(self) -> float:
         """Mean over all questions, a fraction."""
         return self.overall_mean.value
-
-    @property
-    def per_question_type(self) -> dict[str, float]:
-        """Fraction by question type."""
-        return {name: mean.value for name, mean in self.question_type_means.items()}
-
-    @property
-    def per_answer_type(self) -> dict[str, float]:
-        """Fraction by answer type."""
-        return {name: mean.value for name, mean in self.answer_type_means.items()}
 
     def official(self) -> dict[str, Any]:
         """Numbers and key names of the official tool: times 100, two decimals."""
@@ -73,10 +61,6 @@ class VQAAccuracy:
             "perQuestionType": {name: mean.percent for name, mean in self.question_type_means.items()},
             "perAnswerType": {name: mean.percent for name, mean in self.answer_type_means.items()},
         }
-
-    def official_per_question(self) -> dict[int, float]:
-        """The same for each question."""
-        return {qid: round(100 * score, 2) for qid, score in self.per_question.items()}
 
 
 def ten_choose_nine(prediction: Hashable, answers: Sequence[Hashable]) -> float:
@@ -111,11 +95,7 @@ def question_accuracy(prediction: str, answers: Sequence[str], always_normalize:
 
 
 def vqa_accuracy(
-    predictions: Mapping[int, str],
-    annotations: Iterable[Mapping[str, Any]],
-    *,
-    always_normalize: bool = False,
-    missing_as_wrong: bool = False,
+    predictions: Mapping[int, str], annotations: Iterable[Mapping[str, Any]], *, always_normalize: bool = False
 ) -> VQAAccuracy:
     """Official accuracy of predictions.
 
@@ -124,7 +104,6 @@ def vqa_accuracy(
         annotations: objects of the official file: ``question_id``, ``answers`` ([{"answer": text}] or plain texts),
             and, for the means by type, ``question_type`` and ``answer_type``.
         always_normalize: see ``question_accuracy``.
-        missing_as_wrong: questions without a prediction score 0 instead of being an error.
 
     Raises:
         DataError: predictions do not cover exactly the annotated questions, an answer is no string, an annotation is
@@ -134,19 +113,13 @@ def vqa_accuracy(
     by_id = {_question_id(annotation, place): annotation for place, annotation in enumerate(annotations)}
     if len(by_id) < len(annotations) or not by_id:
         raise DataError(f"{len(annotations)} annotations with {len(by_id)} different question ids; ids must be unique")
-    _check_cover(predictions, by_id, missing_as_wrong)
+    _check_cover(predictions, by_id)
 
     per_question: dict[int, float] = {}
     by_question_type: dict[str, list[float]] = {}
     by_answer_type: dict[str, list[float]] = {}
-    num_missing = 0
     for qid, annotation in by_id.items():
-        answers = _human_answers(annotation, qid)
-        if qid in predictions:
-            score = question_accuracy(_text(predictions[qid], qid), answers, always_normalize)
-        else:
-            num_missing += 1
-            score = 0.0
+        score = question_accuracy(_text(predictions[qid], qid), _human_answers(annotation, qid), always_normalize)
         per_question[qid] = score
         for groups, key in ((by_question_type, "question_type"), (by_answer_type, "answer_type")):
             if annotation.get(key) is not None:
@@ -156,7 +129,6 @@ def vqa_accuracy(
         _mean(per_question.values()),
         {name: _mean(scores) for name, scores in by_question_type.items()},
         {name: _mean(scores) for name, scores in by_answer_type.items()},
-        num_missing,
     )
 
 
@@ -185,12 +157,12 @@ def submission_entries(
             raise DataError(f"question {qid} is answered twice; servers refuse repeated ids")
         answers[qid] = _text(answer, qid)
     if expected_ids is not None:
-        _check_cover(answers, dict.fromkeys(expected_ids), missing_as_wrong=False)
+        _check_cover(answers, dict.fromkeys(expected_ids))
     return [{"question_id": qid, "answer": answers[qid]} for qid in sorted(answers)]
 
 
-def _check_cover(predictions: Mapping[int, Any], wanted: Mapping[int, Any], missing_as_wrong: bool) -> None:
-    missing = [] if missing_as_wrong else [qid for qid in wanted if qid not in predictions]
+def _check_cover(predictions: Mapping[int, Any], wanted: Mapping[int, Any]) -> None:
+    missing = [qid for qid in wanted if qid not in predictions]
     extra = [qid for qid in predictions if qid not in wanted]
     if missing or extra:
         raise DataError(

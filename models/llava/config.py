@@ -30,7 +30,6 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it (linear scaling)
     tie_word_embeddings: bool = False
-    bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 0
 
@@ -78,7 +77,6 @@ class LlamaConfig:
             rope_theta=theta,
             rope_factor=factor,
             tie_word_embeddings=table.read("tie_word_embeddings", is_bool, False),
-            bos_token_id=table.read("bos_token_id", is_int, 1),
             eos_token_id=table.read("eos_token_id", is_int, 2),
             # published configs have -1, or the id of a token that was added without a row
             pad_token_id=padding if type(padding) is int and 0 <= padding < size else 0,

@@ -1,7 +1,7 @@
 """Region vectors from the image itself: a ResNet, ROIAlign, the ResNet's last stage on each region.
 
 Source: VL-BERT's ``FastRCNN`` and ResNet; key names below ``image_feature_extractor.``. The original also lists the
-head's weights a second time, as ``head.0.*``: ``without_aliases`` drops those, ``with_aliases`` adds them.
+head's weights a second time, as ``head.0.*``: ``without_aliases`` drops those.
 
 Letters: B batch, K regions, R valid regions of the whole batch, W width of the vectors.
 """
@@ -169,12 +169,6 @@ def without_aliases(state: Mapping[str, Tensor], prefix: str = "image_feature_ex
     found = {key: value for key, value in state.items() if not key.startswith(alias)}
     renamed = {name + key.removeprefix(alias): value for key, value in state.items() if key.startswith(alias)}
     return {**renamed, **found}
-
-
-def with_aliases(state: Mapping[str, Tensor], prefix: str = "image_feature_extractor.") -> dict[str, Tensor]:
-    """Weights with the head under both names, as the original writes them."""
-    alias, name = prefix + HEAD_ALIAS, prefix + HEAD
-    return {**state, **{alias + key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}}
 
 
 def blocks_of(depth: int) -> Sequence[int]:

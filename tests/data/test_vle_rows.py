@@ -10,6 +10,7 @@ from data import vle_rows
 from data.errors import DataError
 from data.row_files import RowRecords, find_rows
 from data.vle_rows import build_vle_rows, read_labels, rows_file
+from scripts.write_vqa import FORMATS
 from tests.helpers import sent_to_a_process
 
 
@@ -136,7 +137,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     data = official(tmp_path / "data")
     monkeypatch.setattr(vle_rows, "soft_targets", lambda *_: ([], []))
-    for kind in vle_rows.FORMATS:
+    for kind in FORMATS:
         with pytest.raises(DataError, match="no question of train has a known answer"):
             build(data, tmp_path / kind, kind=kind)
         assert os.listdir(tmp_path / kind) == []

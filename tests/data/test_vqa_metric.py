@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.errors import DataError
-from data.metrics.vqa import question_accuracy, submission_entries, vqa_accuracy
+from data.metrics.vqa import Mean, question_accuracy, submission_entries, vqa_accuracy
 
 
 def question(qid, answers, question_type="is the", answer_type="yes/no"):
@@ -46,8 +46,8 @@ def test_types_are_means_over_questions():
     annotations = [question(1, yes), question(2, no), question(3, yes, "how many", "number"), question(4, yes)]
     result = vqa_accuracy(dict.fromkeys((1, 2, 3, 4), "yes"), annotations)
     assert result.overall == 0.75
-    assert result.per_question_type == {"is the": 2 / 3, "how many": 1.0}
-    assert result.per_answer_type == {"yes/no": 2 / 3, "number": 1.0}
+    assert result.question_type_means == {"is the": Mean(2.0, 3), "how many": Mean(1.0, 1)}
+    assert result.answer_type_means == {"yes/no": Mean(2.0, 3), "number": Mean(1.0, 1)}
     assert result.per_question == {1: 1.0, 2: 0.0, 3: 1.0, 4: 1.0}
 
 
@@ -59,26 +59,18 @@ def test_official_numbers_are_percentages_with_two_decimals():
         "perQuestionType": {"is the": 53.33},
         "perAnswerType": {"yes/no": 53.33},
     }
-    assert result.official_per_question() == {1: 100.0, 2: 0.0, 3: 60.0}
+    assert result.per_question == {1: 1.0, 2: 0.0, 3: pytest.approx(0.6)}
 
 
 def test_plain_answers_without_types_are_scored():
     result = vqa_accuracy({1: "yes"}, [{"question_id": 1, "answers": ["yes"] * 10}])
-    assert (result.overall, result.per_question_type, result.per_answer_type) == (1.0, {}, {})
+    assert (result.overall, result.question_type_means, result.answer_type_means) == (1.0, {}, {})
 
 
 def test_predictions_must_cover_the_questions():
     annotations = [question(qid, ["yes"] * 10) for qid in (1, 2, 3)]
     with pytest.raises(DataError, match=r"the 3 questions: 2 missing \(first 2, 3\), 1 not asked \(first 9\)"):
         vqa_accuracy({1: "yes", 9: "no"}, annotations)
-
-
-def test_missing_predictions_count_as_wrong_when_asked():
-    annotations = [question(qid, ["yes"] * 10) for qid in (1, 2)]
-    result = vqa_accuracy({1: "yes"}, annotations, missing_as_wrong=True)
-    assert (result.overall, result.num_missing) == (0.5, 1)
-    with pytest.raises(DataError, match="1 not asked"):
-        vqa_accuracy({1: "yes", 9: "no"}, annotations, missing_as_wrong=True)
 
 
 @pytest.mark.parametrize(
