@@ -32,8 +32,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        return self.weight * _Normed.apply(x, self._eps)
+
+
+class _Normed(torch.autograd.Function):
+    """x over its root mean square; of float32 copies only the root is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._eps)).to(x.dtype)
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse)
+        return (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, inverse = ctx.saved_tensors
+        normed, grad = x.float() * inverse, grad.float()
+        along = (grad * normed).mean(-1, keepdim=True)
+        return ((grad - normed * along) * inverse).to(x.dtype), None
 
 
 class Cache:
