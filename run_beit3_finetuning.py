@@ -32,11 +32,11 @@ from engine.loop import RunPlan, fit, resume_position
 from engine.optim import LRRule, build_adamw, describe_groups, head_multiplier_rule, layer_decay_rule, parameter_groups
 from engine.schedule import warmup_cosine
 from models.beit3.beit3 import compile_layers
-from models.recompute import Recompute, set_recompute
 from scripts import beit3_captioning, beit3_vqa
 from scripts.backends import build_backend
 from scripts.beit3_checkpoint import checkpoint_files
 from scripts.beit3_model import ModelChoice, build_model
+from scripts.recompute import apply_recompute
 from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 
 # --task → module with load_labels, train_and_val_loaders, training_loss, validation, run_evaluation and BEST_METRIC
@@ -127,7 +127,8 @@ def train(
     warmup_steps = args.warmup_steps if args.warmup_steps > 0 else int(args.warmup_epochs * steps_per_epoch)
     schedule = warmup_cosine(args.lr, args.min_lr, warmup_steps=warmup_steps, total_steps=args.epochs * steps_per_epoch)
 
-    set_recompute(model, Recompute.parse(args.recompute))
+    loss_fn = task.training_loss(args)
+    recomputed = apply_recompute(args, model, train_loader, loss_fn, device=device, dtype=dtype)
 
     # ---- 7. the plan, said once ----
     facts = {
@@ -139,6 +140,7 @@ def train(
         "total_steps": steps_per_epoch * args.epochs,
         "warmup_steps": warmup_steps,
         "precision": precision_name(dtype),
+        **recomputed,
         "parameter_groups": describe_groups(groups, args.lr),
     }
     optimizer = build_adamw(groups, lr=args.lr, betas=tuple(args.opt_betas), eps=args.opt_eps)
@@ -179,7 +181,7 @@ def train(
     position = fit(
         backend,
         train_loader,
-        task.training_loss(args),
+        loss_fn,
         schedule,
         plan,
         log,

@@ -30,7 +30,6 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.write_failures import could_not_write
-from models.recompute import Recompute, set_recompute
 from scripts import llava_training
 from scripts.backends import build_backend
 from scripts.llava_folder import LlavaFolder
@@ -38,6 +37,7 @@ from scripts.llava_model import build_for_training
 from scripts.llava_optim import llava_parameter_groups, llava_schedule
 from scripts.llava_resume import DATA_FILE, check_data, check_resume, describe_data
 from scripts.llava_saving import checkpoint_format, publish
+from scripts.recompute import apply_recompute
 from scripts.start import open_run_folder, precision_name, start_processes
 
 
@@ -105,7 +105,8 @@ def train(
     )
     sizes = llava_training.parameter_counts(model)  # before a backend divides them
     weights = checkpoint_format(folder, args.mode)
-    set_recompute(model, Recompute.parse(args.recompute))
+    loss_fn = llava_training.training_loss(folder)
+    recomputed = apply_recompute(args, model, train_loader, loss_fn, device=device, dtype=dtype)
     backend, deepspeed_facts = build_backend(
         args, model, optimizer, device, dtype, args.deepspeed_file, weights=weights
     )
@@ -118,6 +119,7 @@ def train(
         "steps_per_epoch": steps_per_epoch,
         "total_steps": total_steps,
         "precision": precision_name(dtype),
+        **recomputed,
         "parameter_groups": describe_groups(groups, args.learning_rate),
         **deepspeed_facts,
     }
@@ -144,7 +146,7 @@ def train(
     position = fit(
         backend,
         train_loader,
-        llava_training.training_loss(folder),
+        loss_fn,
         schedule,
         plan,
         log,

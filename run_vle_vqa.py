@@ -36,9 +36,9 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.schedule import warmup_decay
-from models.recompute import Recompute, set_recompute
 from scripts import vle_vqa
 from scripts.backends import build_backend
+from scripts.recompute import apply_recompute
 from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 from scripts.vle_config import COSINE, warmup_steps_of
 from scripts.vle_model import VLEFolder, build_model, folder_files, read_model_folder
@@ -116,7 +116,8 @@ def train(
     schedule = warmup_decay(
         args.learning_rate, args.end_lr, warmup_steps=warmup_steps, total_steps=total_steps, power=power
     )
-    set_recompute(model, Recompute.parse(args.recompute))
+    loss_fn = vle_vqa.training_loss(folder)
+    recomputed = apply_recompute(args, model, train_loader, loss_fn, device=device, dtype=dtype)
     args.zero_stage = choose_stage(args.zero_stage, args.deepspeed_config) if args.enable_deepspeed else 0
     backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, args.deepspeed_config)
 
@@ -129,6 +130,7 @@ def train(
         "total_steps": total_steps,
         "warmup_steps": warmup_steps,
         "precision": precision_name(dtype),
+        **recomputed,
         "parameter_groups": describe_groups(groups, args.learning_rate),
         **deepspeed_facts,
     }
@@ -158,7 +160,7 @@ def train(
     position = fit(
         backend,
         train_loader,
-        vle_vqa.training_loss(folder),
+        loss_fn,
         schedule,
         plan,
         log,

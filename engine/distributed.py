@@ -90,7 +90,7 @@ def _refuse_torchrun_many_times() -> None:
             )
 
 
-def _local_processes() -> int | None:
+def local_processes() -> int | None:
     """How many of the job's processes run on this machine, where the launcher says it."""
     launcher = _launcher()
     if launcher == "OpenMPI":
@@ -173,7 +173,7 @@ def _find_meeting_place(world_size: int) -> None:
         )
     if "MASTER_PORT" not in given:
         raise EngineError("MASTER_PORT is not set: start with torchrun, or export MASTER_ADDR and MASTER_PORT")
-    if "MASTER_ADDR" not in given and _local_processes() == world_size:
+    if "MASTER_ADDR" not in given and local_processes() == world_size:
         given["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_ADDR" not in given and in_slurm:
         given.update(_first_machine(given.get("SLURM_STEP_NODELIST", "")))
@@ -258,7 +258,7 @@ def cores_per_process() -> int:
     own = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if _launcher() == "Slurm" and own.isdigit():
         return max(min(cores, int(own)), 1)  # srun may have bound this process to them: then they are all it sees
-    return max(cores // (_local_processes() or 1), 1)
+    return max(cores // (local_processes() or 1), 1)
 
 
 def is_main() -> bool:

@@ -98,8 +98,27 @@ def add_recompute_flags(group: Any, *, default: str) -> None:
         type=recompute_policy,
         metavar="WHAT",
         help="layers that the backward pass computes again, for less memory and more time: none, full, every_K (the "
-        f"first of each K layers) (default: {default})",
+        f"first of each K layers), auto (as few as fit) (default: {default})",
     )
+    group.add_argument(
+        "--memory_gb",
+        type=positive,
+        help="of --recompute auto: GB that the tensors of a process may take (default: 95%% of what is free)",
+    )
+
+
+def check_recompute(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, once ``args.recompute`` and ``args.enable_deepspeed`` are settled.
+
+    Raises:
+        DataError: names the flag to leave out.
+    """
+    if args.memory_gb is not None and args.recompute != "auto":
+        raise DataError(f"--memory_gb goes with --recompute auto, not {args.recompute}: leave it out")
+    if args.recompute == "auto" and args.enable_deepspeed:
+        raise DataError(
+            "--recompute auto does not go with DeepSpeed, whose memory it does not count: give none, every_K or full"
+        )
 
 
 def settle_recompute(args: argparse.Namespace, flag: str, meaning: str) -> None:

@@ -14,6 +14,7 @@ from scripts.arguments import (
     add_output_flags,
     add_speed_flags,
     add_start_flags,
+    check_recompute,
     count,
     fraction,
     not_negative,
@@ -361,6 +362,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             meaning = ("--no_checkpoint_activations", "none"), ("--checkpoint_activations", "full")
             settle_recompute(args, *meaning[args.checkpoint_activations])
         _fill_recipe(args)
+        check_recompute(args)
         beit3_config(args.model, args.task, image_size=args.input_size)
     except (DataError, ModelError) as error:
         parser.error(str(error))

@@ -75,8 +75,8 @@ def one_of(*choices: Any) -> Check:
 
 
 def recompute(value: Any) -> str:
-    """What ``models.recompute`` reads."""
-    if text(value) in ("none", "full"):
+    """What ``models.recompute`` reads, or auto."""
+    if text(value) in ("none", "full", "auto"):
         return value
     from models.errors import ModelError
     from models.recompute import Recompute  # torch, for which nobody waits without need
@@ -84,7 +84,7 @@ def recompute(value: Any) -> str:
     try:
         return str(Recompute.parse(value))
     except ModelError:
-        raise ValueError("none, full, or every_K with K of 2 or more") from None
+        raise ValueError("none, full, auto, or every_K with K of 2 or more") from None
 
 
 def list_of(item: Check, length: int | None = None) -> Check:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scripts.arguments import OneLineParser, add_recompute_flags, number, positive_int
+from scripts.arguments import OneLineParser, number, positive_int, recompute_policy
 from scripts.program import run
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--boxes", type=positive_int, help="of vlbert: regions of an image (default: 100)")
     p.add_argument("--lora_r", type=positive_int, help="of llava: rank of the adapters (default: 128)")
     p.add_argument("--lora_dropout", type=number(float, low=0, high=1, below=True), help="of llava (default: 0.05)")
-    add_recompute_flags(p, default="none")
+    p.add_argument("--recompute", type=recompute_policy, help="none, full or every_K (default: none)")
     p.add_argument("--batch_size", type=positive_int, help="samples per step and process (default: the recipe's)")
     p.add_argument("--words", type=positive_int, help="tokens of the longest text (default: usual questions)")
     p.add_argument("--amp", choices=("bf16", "no"), default="bf16", help="precision (default: %(default)s)")
@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     given = [flag for flag in ("model", "recompute", "batch_size", "words") if getattr(args, flag) is not None]
     if args.family == "all" and given:
         parser.error(f"--{given[0]} is not for all, which takes the published recipes: name a family")
+    if args.recompute == "auto":
+        parser.error("--recompute auto is of a run with its data: give none, full or every_K")
     if args.family == "vlbert" and args.model:
         parser.error("--model is not for vlbert: --cfg says the size")
 

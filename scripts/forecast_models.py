@@ -23,6 +23,7 @@ from models.lora import LoRAConfig, add_adapters
 from models.losses import vqa_loss
 from models.vle.config import VLEConfig
 from models.vle.vle import VLEForVQA
+from scripts.drawn_policy import DrawnPolicy
 from scripts.vlbert_config import find_config, read_config
 from scripts.vlbert_model import build_network
 
@@ -95,32 +96,6 @@ def vle_step(name: str, *, words: int, image_size: int) -> Step:
 
 
 # ------------------------------------------------------------------------------------------------------------- VL-BERT
-class _Drawn(torch.autograd.Function):
-    """Scores of decisions with values, drawn at random, in the place of scores without."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        return torch.randn(scores.shape, device=scores.device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        with SHAPES_ONLY:
-            return torch.empty(gradient.shape, device=gradient.device)
-
-
-class DrawnPolicy(nn.Module):
-    """A policy whose decisions have values, since the layers look at them on the host."""
-
-    def __init__(self, policy: nn.Module) -> None:
-        """Stand in the place of ``policy``."""
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, *inputs: Any, **more: Any) -> Tensor:
-        """Run it for its memory, and draw other scores."""
-        return _Drawn.apply(self.policy(*inputs, **more))
-
-
 class _Words:
     """Stands for BERT's vocabulary, of which the model asks for three ids only."""
 

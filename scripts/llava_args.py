@@ -15,6 +15,7 @@ from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
     add_recompute_flags,
+    check_recompute,
     count,
     fraction,
     not_negative,
@@ -224,9 +225,10 @@ def parse_args(argv: list[str] | None = None, *, data_is_made: bool = True) -> a
         _note_what_has_no_effect(args, parser)
         _find_places(args, data_is_made)
         _read_deepspeed(args)
+        _fill_in_shared(args)
+        check_recompute(args)
     except (DataError, EngineError) as error:
         parser.error(str(error))
-    _fill_in_shared(args)
     return args
 
 

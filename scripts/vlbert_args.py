@@ -10,6 +10,7 @@ from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
     add_recompute_flags,
+    check_recompute,
     count,
     fraction,
     not_negative,
@@ -277,6 +278,7 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     for flag, word in (("slurm", "srun's variables are found by themselves"), ("cudnn_off", "cuDNN stays on")):
         if getattr(args, flag):
             args.notes.append(f"--{flag.replace('_', '-')} has no effect: {word}")
+    check_recompute(args)
     args.model_ema, args.initial_scale_power = False, 16
     args.zero_stage = 1 if args.zero_stage is None else args.zero_stage
     _check_own_data(args)

@@ -206,7 +206,7 @@ SCHEMA: dict[str, Any] = {
         "BEGIN_EPOCH": Key(whole(0), 0, "see RESUME"),
         "AUTO_RESUME": Key(truth, True, "go on from the newest checkpoint"),
         "FP16": Key(truth, False, "half precision on CUDA, as --amp fp16"),
-        "RECOMPUTE": Key(recompute, "none", "ours: layers that the backward pass computes again: none, full, every_K"),
+        "RECOMPUTE": Key(recompute, "none", "ours: layers that are computed twice: none, full, every_K or auto"),
         **_without_effect(dict.fromkeys(("FP16_LOSS_SCALE", "LOSS_LOGGERS"))),
     },
     "VAL": {

@@ -33,6 +33,7 @@ from engine.log import RunLog, say
 from models.adaptive import constrain_k_loss, deterministic_policy_loss
 from models.losses import vqa_loss
 from models.vlbert.adaptive_vqa import AdaptiveVQA
+from scripts.drawn_policy import DrawnPolicy
 from scripts.loaders import build_loader
 from scripts.report.usage import make_usage, write_usage, write_usage_page
 from scripts.vlbert_model import ANSWERS, Vocabularies, longest_question
@@ -249,6 +250,17 @@ def loss_fn(
     with torch.no_grad():
         values["acc"] = target_scores(answered.logits, batch["targets"]).mean()
     return {"loss": loss, **values}
+
+
+def answer_loss(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Any]:
+    """``loss_fn`` without what the decisions are counted and judged by, for a prediction of its memory."""
+    return {"loss": vqa_loss(forward(model, batch).logits, batch["targets"])}
+
+
+def draw_decisions(copy: AdaptiveVQA) -> None:
+    """Give a copy without values decisions with values, drawn at random, since the layers look at them."""
+    if copy.policy is not None:
+        copy.policy = DrawnPolicy(copy.policy)
 
 
 def forward(model: nn.Module, batch: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from data.files import read_json
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
+    check_recompute,
     count,
     fraction,
     positive,
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="adamw in the arithmetic of the original, which transformers has dropped (default: torch's)",
     )
     group.add_argument("--clip_grad", type=positive, help="clip the total gradient norm to this value (default: off)")
+    group.add_argument("--memory_gb", type=positive, help="of recompute auto: GB of a process's tensors")
     group.add_argument("--zero_stage", type=int, choices=[0, 1, 2, 3], help="DeepSpeed's stage (default: the config's)")
     group.add_argument("--max_nonfinite", type=positive_int, default=10, help="bad steps in a row before the end")
     group = parser.add_argument_group("start and devices")
@@ -128,9 +130,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 setattr(args, name, value)
         _check_settings(args)
         _find_places(args)
+        _fill_in_shared(args)
+        check_recompute(args)
     except DataError as error:
         parser.error(str(error))
-    _fill_in_shared(args)
     return args
 
 

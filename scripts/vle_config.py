@@ -92,7 +92,7 @@ CONFIG_KEYS: dict[str, tuple[Any, str]] = {
     "max_epoch": (whole(1), "epochs"),
     "max_steps": (_steps, "optimizer steps of the whole run, instead of epochs (-1: epochs decide)"),
     "precision": (_precision, '16, 32 or "bf16"'),
-    "recompute": (recompute, "ours: layers that the backward pass computes again: none, full, every_K"),
+    "recompute": (recompute, "ours: layers that the backward pass computes again: none, full, every_K or auto"),
     "resume_from": (_path_or_none, "checkpoint folder to go on from"),
     "fast_dev_run": (truth, "build everything, take two steps, write nothing (--dry_run)"),
     "val_check_interval": (real(0.0), "must be 1.0: validation after every epoch"),

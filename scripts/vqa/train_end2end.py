@@ -33,10 +33,10 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.schedule import Schedule, multi_step, triangle
-from models.recompute import Recompute, set_recompute
 from models.vlbert.adaptive_vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
+from scripts.recompute import apply_recompute
 from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 from scripts.vlbert_config import as_yaml, check_same_model
 from scripts.vlbert_model import (
@@ -123,7 +123,15 @@ def train(
                 f"POLICY.OPTIMIZER {policy['OPTIMIZER']} beside TRAIN.OPTIMIZER {settings['OPTIMIZER']}: both networks "
                 "share one optimizer here, make them equal"
             )
-    set_recompute(model, Recompute.parse(args.recompute))
+    recomputed = apply_recompute(
+        args,
+        model,
+        train_loader,
+        vlbert_vqa.answer_loss,
+        device=device,
+        dtype=dtype,
+        prepare=vlbert_vqa.draw_decisions,
+    )
     backend, deepspeed_facts = build_backend(args, model, optimizer, device, dtype, None, clip_parts=clip_parts)
 
     # ---- 5. the plan, said once ----
@@ -139,6 +147,7 @@ def train(
         "effective_lr": lr,
         **({"effective_policy_lr": policy_lr} if model.policy is not None else {}),
         "precision": precision_name(dtype),
+        **recomputed,
         "parameter_groups": described,
         **deepspeed_facts,
     }

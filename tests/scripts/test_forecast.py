@@ -88,6 +88,8 @@ def one_large_layer():
         (["vlbert", "--model", "base"], r"--model is not for vlbert: --cfg says the size"),
         (["beit3", "--boxes", "4"], r"--boxes is not for beit3: leave it out"),
         (["beit3", "--lora_dropout", "0"], r"--lora_dropout is not for beit3: leave it out"),
+        (["beit3", "--recompute", "auto"], r"--recompute auto is of a run with its data: give none, full or every_K"),
+        (["vle", "--recompute", "all"], r"must be none, full, auto, or every_K with K of 2 or more, got 'all'"),
         (["all", "--words", "4"], r"--words is not for all, which takes the published recipes: name a family"),
         (["llava", "--cards", "0"], r"must be at least 1, got 0"),
     ],
@@ -116,6 +118,32 @@ def test_the_table_of_the_docs_is_what_is_predicted(label, capsys):
     main([*PUBLISHED[label].split()])
     _, _, row = capsys.readouterr().out.splitlines()
     assert row.split("|")[2:] == table_of_the_docs()[label].split("|")[2:]
+
+
+def rows_of_recomputed_layers():
+    lines = (ROOT / "docs" / "memory.md").read_text().splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("| run | `--recompute` |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :])
+    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+
+
+@slow
+@pytest.mark.parametrize("cells", rows_of_recomputed_layers(), ids=lambda cells: "-".join(cells[:2]))
+def test_the_table_of_recomputed_layers_is_what_is_predicted(cells, capsys):
+    label, policy, *numbers = cells
+    main([*PUBLISHED[label].split(), "--recompute", policy])
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    assert row[3:] == numbers
+
+
+def test_the_tables_of_the_docs_agree_where_nothing_is_recomputed():
+    of_recipes = {label: row.strip("|").split("|")[3:] for label, row in table_of_the_docs().items()}
+    policies = {label: [] for label, *_ in rows_of_recomputed_layers()}
+    for label, policy, *numbers in rows_of_recomputed_layers():
+        policies[label].append(policy)
+        if policy == "none":
+            assert [cell.strip() for cell in of_recipes[label]] == numbers
+    assert set(map(tuple, policies.values())) == {("none", "every_2", "full")}
 
 
 def test_the_table_of_the_docs_has_every_published_recipe():

@@ -8,7 +8,7 @@ import pytest
 from engine.weights import read_state_dict
 from models.recompute import Recompute
 from scripts import beit3_args, llava_args, vlbert_args, vle_args
-from tests.scripts import llava_run, vlbert_run, vle_run, vqa_run
+from tests.scripts import caption_run, llava_run, vlbert_run, vle_run, vqa_run
 from tests.scripts.bad_inputs import failure
 from tests.scripts.vqa_run import differences
 
@@ -87,10 +87,14 @@ def test_vles_config_file_may_say_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("beit3", ["--recompute", "every_1"], "must be none, full, or every_K with K of 2 or more, got 'every_1'"),
-        ("llava", ["--recompute", "True"], "must be none, full, or every_K with K of 2 or more, got 'True'"),
-        ("vle", ["--recompute", "some"], "must be none, full, or every_K with K of 2 or more, got 'some'"),
-        ("vlbert", ["--recompute", "2"], "must be none, full, or every_K with K of 2 or more, got '2'"),
+        (
+            "beit3",
+            ["--recompute", "every_1"],
+            "must be none, full, auto, or every_K with K of 2 or more, got 'every_1'",
+        ),
+        ("llava", ["--recompute", "True"], "must be none, full, auto, or every_K with K of 2 or more, got 'True'"),
+        ("vle", ["--recompute", "some"], "must be none, full, auto, or every_K with K of 2 or more, got 'some'"),
+        ("vlbert", ["--recompute", "2"], "must be none, full, auto, or every_K with K of 2 or more, got '2'"),
         ("vlbert", ["--set", "TRAIN.RECOMPUTE=2"], "TRAIN.RECOMPUTE must be"),
         (
             "beit3",
@@ -113,3 +117,84 @@ def test_what_cannot_be_recomputed_is_one_line_and_exit_code_2(name, flags, mess
     code, line = failure(capsys, argv(name, tmp_path, *flags), FAMILIES[name].program)
     assert code == 2
     assert message in line
+
+
+# ---- auto ----
+
+
+def _peaks(line: str) -> float:
+    """GB that the error line predicts with all layers recomputed."""
+    return float(line.split("predicted to take ")[1].split(" GB")[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_auto_recomputes_what_the_memory_wants_and_trains_the_same_weights(name, tmp_path, capsys):
+    # so many samples that the optimizer's step is not where the most memory is taken
+    model = {"beit3": ("--batch_size", 64), "vlbert": ("--strategy", "SpotTune")}.get(name, ())
+    strategy = "SpotTune" if name == "vlbert" else "standard"
+
+    def facts(place: str, *more: object) -> dict:
+        FAMILIES[name].program(*argv(name, tmp_path / place, *model, *more))
+        return json.loads((folder_of(name, tmp_path / place, strategy) / "run.json").read_text())
+
+    plenty = facts("plenty", "--recompute", "auto")
+    assert plenty["recompute"] == "none"
+    assert plenty["arguments"]["recompute"] == "auto"
+    most = plenty["recompute_forecast"]["peak_bytes"]["none"]
+    capsys.readouterr()
+    little = facts("little", "--recompute", "auto", "--memory_gb", (most - 1) / 1e9)
+    assert little["recompute"] != "none"
+    predicted = little["recompute_forecast"]
+    assert list(predicted["peak_bytes"])[-1] == little["recompute"]
+    assert predicted["peak_bytes"][little["recompute"]] <= predicted["limit_bytes"] < most
+    assert f"recompute: {little['recompute']}, with which a step is predicted to take" in capsys.readouterr().err
+    asked = facts("asked", "--recompute", "none")
+    assert "recompute_forecast" not in asked
+    trained = [weights_of(name, tmp_path / place, strategy) for place in ("plenty", "little", "asked")]
+    assert not differences(trained[0], trained[1])
+    assert not differences(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_nothing_fits_auto_says_so_and_leaves_the_folder_alone(name, tmp_path, capsys):
+    code, line = failure(
+        capsys, argv(name, tmp_path / "run", "--recompute", "auto", "--memory_gb", 1e-6), FAMILIES[name].program
+    )
+    assert code == 2
+    assert "even with all layers recomputed a step is predicted to take" in line
+    assert "lower the batch size" in line
+    assert 0 < _peaks(line) < 1
+    assert not list((tmp_path / "run").rglob("run.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("beit3", ["--memory_gb", "3"], "--memory_gb goes with --recompute auto, not none: leave it out"),
+        ("llava", ["--memory_gb", "3"], "--memory_gb goes with --recompute auto, not full: leave it out"),
+        ("beit3", ["--recompute", "auto", "--memory_gb", "0"], "must be above 0"),
+        ("beit3", ["--recompute", "auto", "--zero_stage", "1"], "--recompute auto does not go with DeepSpeed"),
+        ("vle", ["--recompute", "auto", "--use_deepspeed", "true"], "--recompute auto does not go with DeepSpeed"),
+        ("vlbert", ["--recompute", "auto", "--enable_deepspeed"], "--recompute auto does not go with DeepSpeed"),
+        ("llava", ["--recompute", "auto", "--deepspeed", "scripts/zero2.json"], "does not go with DeepSpeed"),
+        ("beit3", ["--recompute", "auto", "--checkpoint_activations"], "contradict each other"),
+    ],
+)
+def test_what_auto_does_not_go_with_is_refused(name, flags, message, tmp_path, capsys):
+    code, line = failure(capsys, argv(name, tmp_path, *flags), FAMILIES[name].program)
+    assert code == 2
+    assert message in line
+
+
+def test_a_run_of_captions_may_be_auto_too(tmp_path):
+    caption_run.program(*caption_run.train_flags(tmp_path, "--max_steps", 1, "--recompute", "auto", "--no_validation"))
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["recompute"] == "none"
+    assert facts["recompute_forecast"]["peak_bytes"]["none"] > 1e6
+
+
+def test_a_run_goes_on_with_other_layers_recomputed(tmp_path):
+    for place, policies in (("one", ("none", "none")), ("two", ("every_2", "auto"))):
+        for steps, policy in zip((1, 2), policies, strict=True):
+            vqa_run.program(*vqa_run.train_flags(tmp_path / place, "--max_steps", steps, "--recompute", policy))
+    assert not differences(*(weights_of("beit3", tmp_path / place) for place in ("one", "two")))
