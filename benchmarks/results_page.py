@@ -6,6 +6,7 @@ What stands between the two marker lines is written anew; the text around it is 
 from pathlib import Path
 from typing import Any
 
+from benchmarks.targets import TARGETS
 from data.errors import DataError
 from data.files import open_atomic
 
@@ -62,6 +63,7 @@ def render(results: Results) -> str:
     for device, content in results.items():
         for number, run in enumerate(content["runs"]):
             lines.append(f"- **{run_name(device, number)}**: {describe_run(run)}")
+    lines += ["", "### Targets", "", *targets_table(results)]
     for section, title in SECTIONS.items():
         lines += ["", f"### {title}", "", *table(section, results)]
     lines += [
@@ -114,6 +116,19 @@ def table(section: str, results: Results) -> list[str]:
             row = rows[device].get(name)
             cells += [cell(row) for _, cell in columns] if row else [NOT_MEASURED, *[""] * (len(columns) - 1)]
         lines.append(_line(cells))
+    return lines
+
+
+def targets_table(results: Results) -> list[str]:
+    """What was aimed at beside what was measured."""
+    lines = [_line(["", "beside", "device", "target", "measured", "met"]), _line(["---"] * 6)]
+    for target in TARGETS:
+        row = next((r for r in _entries(results, target.device, "rows") if r["what"] == target.what), None)
+        found = row and target.found(row)
+        cells = [target.what, (row and row["peer_name"]) or "–", DEVICES[target.device], target.wanted()]
+        lines.append(
+            _line([*cells, found or NOT_MEASURED, ("yes" if target.is_met(row) else "**no**") if found else ""])
+        )
     return lines
 
 

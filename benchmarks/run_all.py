@@ -43,11 +43,11 @@ PEERS = (
 
 @dataclass(frozen=True)
 class Job:
-    """A benchmark and its flags: on the CPU, on a GPU (None: it has no use for one), and at a tiny size."""
+    """A benchmark and its flags: on the CPU, on a GPU (None: not there), and at a tiny size."""
 
     name: str
     program: str
-    cpu: str
+    cpu: str | None
     cuda: str | None
     quick: str
     takes_threads: bool = True
@@ -60,6 +60,11 @@ JOBS = (
     Job(
         "beit3_step", "bench_step", "--batch_size 2 --steps 5", f"{_BF16} --compile --batch_sizes 16 32 64 --steps 10",
         "--model beit3_tiny_patch32_64 --steps 1", takes_peak=True,
+    ),
+    Job(
+        "beit3_large_step", "bench_step", None,
+        f"--model beit3_large_patch16_480 {_BF16} --compile --batch_sizes 16 32 --steps 10",
+        "--model beit3_tiny_patch32_64 --steps 1 --no_memory", takes_peak=True,
     ),
     Job(
         "beit3_captioning_step", "bench_step", "--task coco_captioning --batch_size 2 --steps 3",
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [job for job in JOBS if not args.only or job.name in args.only]
     if args.list:
         for job in jobs:
-            print(f"{job.name}: python benchmarks/{job.program}.py {shlex.join(flags_of(job, 'cpu', args, None))}")
+            device = "cuda" if job.cpu is None else "cpu"
+            print(f"{job.name}: python benchmarks/{job.program}.py {shlex.join(flags_of(job, device, args, None))}")
         return 0
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not start CUDA in this process
     import_peers()

@@ -13,6 +13,7 @@ from benchmarks import run_all
 from benchmarks.measure import in_own_process
 from benchmarks.results_page import BEGIN, END, render, update_page
 from benchmarks.rows import NOT_INSTALLED, Curve, Row, exponent
+from benchmarks.targets import TARGETS
 from data.errors import DataError
 from data.files import read_json
 from tests.helpers import run_program
@@ -38,7 +39,7 @@ def test_quick_runs_every_benchmark_beside_its_peer_and_leaves_the_page_alone(tm
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     content = read_json(tmp_path / "cpu.json")
     entries = [*content["rows"], *content["curves"]]
-    assert {entry["job"] for entry in entries} == {job.name for job in run_all.JOBS}
+    assert {entry["job"] for entry in entries} == {job.name for job in run_all.JOBS if job.cpu is not None}
     assert content["failures"] == {}
     for entry in entries:
         assert_finite(entry)
@@ -120,6 +121,29 @@ def test_a_run_on_another_machine_fills_its_own_column():
     line = next(line for line in render(results).splitlines() if line.startswith("| step |"))
     assert "**2.00**" in line
     assert "| 1 ms | 4 ms | **4.00** |" in line
+
+
+@pytest.mark.parametrize(
+    ("what", "values", "line"),
+    [
+        ("beit3_base_patch16_480 vqav2: train step", {"ours": 1.0, "peer": 3.6}, "3.60 times as fast | yes |"),
+        ("beit3_base_patch16_480 vqav2: train step", {"ours": 1.0, "peer": 3.4}, "3.40 times as fast | **no** |"),
+        ("SpotTune: train step, beside Standard", {"ours": 1.5, "peer": 1.0}, "1.50 of its time | yes |"),
+        ("SpotTune: train step, beside Standard", {"ours": 1.7, "peer": 1.0}, "1.70 of its time | **no** |"),
+        ("VL-BERT: sample to batch", {"ours": 1e-3, "peer": 1.0}, "1,000 a second | **no** |"),
+        ("VL-BERT: sample to batch", {"ours": 5e-5, "peer": 1.0}, "20,000 a second | yes |"),
+        ("vle_base_384 vqav2: train step", {"ours": 1.0}, "not measured |  |"),
+    ],
+)
+def test_a_target_stands_beside_what_was_measured(what, values, line):
+    table = render({"cpu": content(row(what, "job", values.pop("ours"), **values))}).partition("### Targets")[2]
+    (found,) = [text for text in table.splitlines() if text.startswith(f"| {what} |") and "| CPU |" in text][:1]
+    assert line in found
+
+
+def test_every_target_names_a_row_of_the_benchmarks():
+    names = {entry["what"] for entry in read_json(ROOT / "benchmarks/measured/cpu.json")["rows"]}
+    assert {target.what for target in TARGETS if target.device == "cpu"} <= names
 
 
 def test_a_part_of_the_benchmarks_replaces_its_rows_and_keeps_the_others_with_their_commit():
