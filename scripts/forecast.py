@@ -184,7 +184,7 @@ def predict(step: "Step", batch_size: int, *, amp: str, cards: list[int]) -> Pre
 
 
 def step_memory(step: "Step", batch_size: int, amp: str) -> tuple[int, int]:
-    """Bytes held from step to step and bytes at most, of a step without values."""
+    """Bytes held from step to step and bytes at most, of a step without values; what is drawn is the same each time."""
     import torch
 
     from engine.forecast import StepMemory
@@ -196,7 +196,8 @@ def step_memory(step: "Step", batch_size: int, amp: str) -> tuple[int, int]:
     step.model.train()
     compute = step.batch(batch_size)
     gc.collect()  # what a step before has left in circles
-    with memory:
+    with torch.random.fork_rng(devices=[]), memory:
+        torch.manual_seed(0)  # adaptive strategies keep what their decisions choose
         with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
             loss = compute()
         loss.backward()
