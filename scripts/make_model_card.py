@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.files import open_atomic, read_json
 from scripts.arguments import OneLineParser
 from scripts.program import run
-from scripts.report.curves import read_run_log
+from scripts.report.curves import LOG, read_run_log
 
 CARD = "MODEL_CARD.md"
 # an argument that only its program has → family, the score by which checkpoint-best is chosen (None: by the task),
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the run, write the card."""
     args = build_parser().parse_args(argv)
     record = read_json(args.run / "run.json", advice="give the output folder of a training run as --run")
-    epochs = read_run_log(args.run).epochs if (args.run / "log.txt").exists() else []
+    epochs = read_run_log(args.run).epochs if (args.run / LOG).exists() else []
     results = {path.name: read_json(path, advice="give the result file of an evaluation") for path in args.results}
     output = args.output or args.run / CARD
     if output.exists() and not args.overwrite:

@@ -25,6 +25,7 @@ from data.errors import DataError
 from data.files import check_relative, resolve_inside
 from scripts.arguments import OneLineParser
 from scripts.program import run
+from scripts.report.curves import LOG
 from scripts.report.folder import add_page_flags, check_output, write_report
 
 NUM_TEXTS = 5  # answers in each group of the page's second table
@@ -75,7 +76,8 @@ class Item:
 def main(argv: list[str] | None = None) -> None:
     """Read, score, print the table, write the page."""
     args = build_parser().parse_args(argv)
-    check_output(args.output, overwrite=args.overwrite, has_curves=args.run is not None)
+    has_curves = args.run is not None and (args.run / LOG).is_file()
+    check_output(args.output, overwrite=args.overwrite, has_curves=has_curves)
     if args.compare_name and not args.compare:
         raise DataError("--compare_name names the answers of --compare: give both or none")
     asked = questions_by_name(args.questions) if args.questions else {}
@@ -285,8 +287,8 @@ def _loss_curve(folder: Path) -> bytes | None:
 
     if not folder.is_dir():
         raise DataError(f"--run {folder}: no such folder; give the --output_dir of the training run")
-    if not (folder / "log.txt").is_file():
-        print(f"no log.txt in {folder}: the page has no curve")
+    if not (folder / LOG).is_file():
+        print(f"no {LOG} in {folder}: the page has no curve")
         return None
     log = read_run_log(folder)
     key = "val_accuracy"  # scripts/llava_training.py logs it, in percent

@@ -28,14 +28,17 @@ def refuse_others(*paths: Path | None, overwrite: bool) -> None:
         DataError: there is a file that no program of ours wrote, or that was changed since.
     """
     for path in paths:
-        if overwrite or path is None or not path.is_file():
-            continue
-        known = _read(path.parent)
-        if path.name not in known or known[path.name] not in (None, _checksum(path)):
+        if not overwrite and path is not None and path.is_file() and not is_ours(path):
             raise DataError(
                 f"{path} is there and was not written by this program, or was changed since: move it away, or give "
                 "--overwrite to replace it"
             )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a program of ours wrote a file and nobody changed it since."""
+    known = _read(path.parent)
+    return path.is_file() and path.name in known and known[path.name] in (None, _checksum(path))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data.errors import DataError
 
+LOG = "log.txt"  # a line for each epoch
 BLUE, ORANGE, GRAY = "#2f6690", "#c8553d", "#6b7280"
 
 
@@ -34,9 +35,9 @@ def read_run_log(run: Path) -> RunLog:
     Raises:
         DataError: no ``log.txt``, or a line in the middle of a file that is not a JSON object with its epoch or step.
     """
-    log, metrics = run / "log.txt", run / "metrics.jsonl"
+    log, metrics = run / LOG, run / "metrics.jsonl"
     if not log.is_file():
-        raise DataError(f"no log.txt in {run}: give the --output_dir of a training run that finished an epoch")
+        raise DataError(f"no {LOG} in {run}: give the --output_dir of a training run that finished an epoch")
     return RunLog(_read_lines(log, "epoch"), _read_lines(metrics, "step") if metrics.is_file() else [])
 
 

@@ -8,7 +8,7 @@ from data.errors import DataError
 from data.files import open_atomic, write_json_atomic
 from scripts.arguments import count, positive_int
 from scripts.report.curves import RunLog, read_run_log
-from scripts.written_files import refuse_others, written
+from scripts.written_files import is_ours, refuse_others, written
 
 PAGE, CURVES, SUMMARY = "report.html", "curves.png", "summary.json"
 
@@ -54,12 +54,16 @@ def read_log(run: Path) -> RunLog:
 
 
 def write_report(folder: Path, page: str, curves_png: bytes | None, summary: dict[str, Any]) -> None:
-    """``report.html``, ``curves.png`` if there is one, ``summary.json``; says so."""
-    with written(folder / PAGE, folder / CURVES if curves_png else None, folder / SUMMARY):
+    """``report.html``, ``curves.png`` if there is one, ``summary.json``; says so. An older report's curves go."""
+    curves = folder / CURVES
+    is_stale = curves_png is None and is_ours(curves)
+    with written(folder / PAGE, curves if curves_png or is_stale else None, folder / SUMMARY):
+        if is_stale:
+            curves.unlink()
         with open_atomic(folder / PAGE) as handle:
             handle.write(page)
         if curves_png:
-            with open_atomic(folder / CURVES, binary=True) as handle:
+            with open_atomic(curves, binary=True) as handle:
                 handle.write(curves_png)
         write_json_atomic(folder / SUMMARY, summary, indent=1)
     print(f"wrote {PAGE}, {f'{CURVES} and ' if curves_png else ''}{SUMMARY} to {folder}")

@@ -122,6 +122,7 @@ def test_default_labels_equal_the_recorded_ones_wherever_those_learn_something(r
             whole = Encoded(expected["input_ids"], expected["labels"])
             # with this stand-in for the original ours is compared elsewhere
             assert encode_as_the_original(turns, tokenizer, **settings) == whole, name
+            assert not (expected["mismatch_warning"] and learned(expected["labels"])), name
             if not learned(expected["labels"][: settings["max_length"]]):
                 continue
             assert encode_conversation(turns, tokenizer, **settings) == whole, name

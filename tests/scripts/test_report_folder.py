@@ -12,10 +12,18 @@ def content(folder):
 
 
 def test_a_report_is_renewed_unasked(tmp_path):
-    for title, curves in (("first", b"old"), ("second", b"new"), ("third", None)):
+    for title, curves in (("first", b"old"), ("second", b"new"), ("third", None), ("fourth", b"newest")):
         check_output(tmp_path, overwrite=False)
         write_report(tmp_path, title, curves, {"of": title})
-    assert content(tmp_path) == {PAGE: b"third", CURVES: b"new", SUMMARY: b'{\n "of": "third"\n}\n'}
+        summary = f'{{\n "of": "{title}"\n}}\n'.encode()
+        assert content(tmp_path) == {PAGE: title.encode(), SUMMARY: summary} | ({CURVES: curves} if curves else {})
+
+
+def test_a_report_without_curves_leaves_those_of_somebody_else_alone(tmp_path):
+    (tmp_path / CURVES).write_bytes(b"of somebody else")
+    check_output(tmp_path, overwrite=False, has_curves=False)
+    write_report(tmp_path, "page", None, {})
+    assert content(tmp_path)[CURVES] == b"of somebody else"
 
 
 @pytest.mark.parametrize("name", [PAGE, CURVES, SUMMARY])
