@@ -1,6 +1,5 @@
 """The first of several ways to train whose memory fits, told before the first step without doing it."""
 
-import copy
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -9,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode
 
 from engine import distributed
 from engine.errors import EngineError
-from engine.forecast import SHAPES_ONLY, StepMemory
+from engine.forecast import StepMemory
 from engine.random_state import get_random_state, set_random_state
+from engine.without_values import SHAPES_ONLY
 
 _SHARE = 0.95  # of what is free: the allocator's slack, and batches of longer texts
 
@@ -31,12 +30,6 @@ class Fit:
     limit: int
 
 
-def copy_without_values(model: nn.Module) -> nn.Module:
-    """The model with tensors that have shapes but no values, which take no memory."""
-    with FakeCopyMode(SHAPES_ONLY):
-        return copy.deepcopy(model)
-
-
 def first_that_fits(
     ways: Sequence[Callable[[], None]],
     model: nn.Module,
@@ -46,8 +39,11 @@ def first_that_fits(
     autocast: Callable[[], AbstractContextManager],
     keeps_gradients: bool,
     limit: int | None,
+    later: int = 0,
 ) -> Fit:
     """Take each way in turn and count a training step, until one fits; all processes choose the same.
+
+    What a step draws is the same for each way.
 
     Args:
         ways: put the model into the state to be tried; the first one is preferred.
@@ -57,6 +53,7 @@ def first_that_fits(
         autocast: context of the forward pass.
         keeps_gradients: whether gradients are there during the forward pass: with accumulation and with DDP.
         limit: bytes that the tensors of a process may take; None: 95 % of what is free on the device.
+        later: bytes that the run will put on the device before its first step, beside the optimizer's state.
 
     Raises:
         EngineError: nobody can tell what is free.
@@ -66,7 +63,9 @@ def first_that_fits(
         peaks: list[int] = []
         for number, way in enumerate(ways):
             way()
+            set_random_state(state)
             before, peak = _count_step(model, compute_loss, device, autocast, times=1 + keeps_gradients)
+            peak += later
             peaks.append(peak)
             room = before + int(_SHARE * free_bytes(device)) if limit is None else limit
             if peak <= room:
@@ -74,8 +73,10 @@ def first_that_fits(
         return len(ways), peaks, room
 
     state = get_random_state()
-    mine = distributed.together(try_all)
-    set_random_state(state)
+    try:
+        mine = distributed.together(try_all)
+    finally:
+        set_random_state(state)
     choice, peaks, room = max(distributed.gather_objects(mine))
     return Fit(choice if choice < len(ways) else None, peaks, room)
 

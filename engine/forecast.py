@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.log import peak_mib
-
-SHAPES_ONLY = FakeTensorMode(allow_non_fake_inputs=True)  # tensors made under it have no values
 
 
 class StepMemory(TorchDispatchMode):

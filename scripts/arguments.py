@@ -117,8 +117,17 @@ def check_recompute(args: argparse.Namespace) -> None:
         raise DataError(f"--memory_gb goes with --recompute auto, not {args.recompute}: leave it out")
     if args.recompute == "auto" and args.enable_deepspeed:
         raise DataError(
-            "--recompute auto does not go with DeepSpeed, whose memory it does not count: give none, every_K or full"
+            "--recompute auto does not go with DeepSpeed, whose memory it does not count: give none, every_K or full, "
+            "by the flag or where the config says auto"
         )
+
+
+def leave_out_recompute(args: argparse.Namespace, *names: str) -> None:
+    """An evaluation recomputes nothing: note which of these flags were given all the same, and forget them."""
+    for name in names:
+        if getattr(args, name) is not None:
+            args.notes.append(f"--{name} has no effect: an evaluation recomputes nothing")
+            setattr(args, name, None)
 
 
 def settle_recompute(args: argparse.Namespace, flag: str, meaning: str) -> None:

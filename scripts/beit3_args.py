@@ -17,6 +17,7 @@ from scripts.arguments import (
     check_recompute,
     count,
     fraction,
+    leave_out_recompute,
     not_negative,
     number,
     positive,
@@ -354,6 +355,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for name, tasks in _TASKS_OF_FLAG.items()
         if args.task not in tasks and getattr(args, name) != parser.get_default(name)
     ]
+    if args.eval:
+        leave_out_recompute(args, "recompute", "memory_gb")
     if args.eval and args.resume:
         args.notes.append("--resume has no effect: --eval takes its weights from --finetune")
     _settle_deepspeed(args, parser)

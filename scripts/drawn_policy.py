@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.forecast import SHAPES_ONLY
+from engine.without_values import SHAPES_ONLY
 
 
 class _Drawn(torch.autograd.Function):

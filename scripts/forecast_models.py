@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import DataError
-from engine.forecast import SHAPES_ONLY
+from engine.without_values import SHAPES_ONLY
 from models.beit3.config import TASK_SUFFIXES, beit3_config
 from models.beit3.tasks import build_beit3, captioning_loss
 from models.clip_vision import CLIPVisionConfig

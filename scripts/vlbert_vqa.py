@@ -33,7 +33,6 @@ from engine.log import RunLog, say
 from models.adaptive import constrain_k_loss, deterministic_policy_loss
 from models.losses import vqa_loss
 from models.vlbert.adaptive_vqa import AdaptiveVQA
-from scripts.drawn_policy import DrawnPolicy
 from scripts.loaders import build_loader
 from scripts.report.usage import make_usage, write_usage, write_usage_page
 from scripts.vlbert_model import ANSWERS, Vocabularies, longest_question
@@ -260,6 +259,8 @@ def answer_loss(model: nn.Module, batch: dict[str, Any], step: int) -> dict[str,
 def draw_decisions(copy: AdaptiveVQA) -> None:
     """Give a copy without values decisions with values, drawn at random, since the layers look at them."""
     if copy.policy is not None:
+        from scripts.drawn_policy import DrawnPolicy  # loads torch's compiler
+
         copy.policy = DrawnPolicy(copy.policy)
 
 

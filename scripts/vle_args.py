@@ -13,6 +13,7 @@ from scripts.arguments import (
     check_recompute,
     count,
     fraction,
+    leave_out_recompute,
     positive,
     positive_int,
     switch,
@@ -131,7 +132,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         _check_settings(args)
         _find_places(args)
         _fill_in_shared(args)
-        check_recompute(args)
+        if args.eval:
+            leave_out_recompute(args, "memory_gb")
+        else:
+            check_recompute(args)
     except DataError as error:
         parser.error(str(error))
     return args

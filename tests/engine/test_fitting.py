@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from engine import distributed, fitting
 from engine.errors import EngineError
-from engine.fitting import Fit, copy_without_values, first_that_fits, free_bytes
+from engine.fitting import Fit, first_that_fits, free_bytes
 from engine.forecast import StepMemory
+from engine.without_values import copy_without_values
 from models.recompute import NOTHING, Recompute, set_recompute
 from tests.helpers import run_in_processes
 

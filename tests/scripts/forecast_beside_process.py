@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.measure import PeakMemory
 from models.recompute import Recompute, set_recompute
+from scripts import drawn_policy
 from scripts import forecast_models as steps
 from scripts.forecast import step_memory
 from tests.paths import ROOT
@@ -60,7 +62,7 @@ def build(name: str, folder: Path):
 def main(name: str, folder: Path) -> None:
     """Predict, then build the same with values and take three steps."""
     _, predicted = step_memory(*build(name, folder), "no")
-    steps.SHAPES_ONLY = nullcontext()
+    steps.SHAPES_ONLY = drawn_policy.SHAPES_ONLY = nullcontext()
     measured = PeakMemory()
     step, batch_size = build(name, folder)
     compute = step.batch(batch_size)
@@ -68,6 +70,7 @@ def main(name: str, folder: Path) -> None:
     optimizer = torch.optim.AdamW(trained, fused=True)
     for _ in range(3):
         compute().backward()
+        assert not any(isinstance(parameter.grad, FakeTensor) for parameter in trained)
         torch.nn.utils.get_total_norm([parameter.grad for parameter in trained], foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,10 +1,12 @@
 """--recompute of every training program: the same weights whatever is recomputed, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from engine.errors import EngineError
 from engine.weights import read_state_dict
 from models.recompute import Recompute
 from scripts import beit3_args, llava_args, vlbert_args, vle_args
@@ -184,6 +186,45 @@ def test_what_auto_does_not_go_with_is_refused(name, flags, message, tmp_path, c
     code, line = failure(capsys, argv(name, tmp_path, *flags), FAMILIES[name].program)
     assert code == 2
     assert message in line
+
+
+def test_a_dry_run_with_auto_predicts_what_the_chosen_policy_alone_does(tmp_path, capsys):
+    def predicted(*more: object) -> str:
+        flags = vqa_run.train_flags(tmp_path, "--batch_size", 64, "--dry_run", *more)
+        vqa_run.program(*flags)
+        return re.search(r"peak \d+ MiB of tensors: .* activations \d+", capsys.readouterr().err)[0]
+
+    most = predicted("--recompute", "none")
+    assert predicted("--recompute", "auto") == most
+    least = predicted("--recompute", "full")
+    assert least != most
+    with pytest.raises(EngineError) as raised:
+        vqa_run.program(*vqa_run.train_flags(tmp_path, "--recompute", "auto", "--memory_gb", 1e-6, "--batch_size", 64))
+    full = _peaks(str(raised.value)) + 1e-4
+    del raised  # its traceback holds a model
+    assert predicted("--recompute", "auto", "--memory_gb", full) == least
+
+
+def test_auto_counts_the_moving_average_of_the_weights(tmp_path):
+    found = {}
+    for place, more in {"without": (), "with": ("--model_ema",)}.items():
+        flags = ("--max_steps", 1, "--recompute", "auto", "--no_validation", *more)
+        vqa_run.program(*vqa_run.train_flags(tmp_path / place, *flags))
+        found[place] = run_of("beit3", tmp_path / place)
+    peaks = {place: run["recompute_forecast"]["peak_bytes"]["none"] for place, run in found.items()}
+    weights = sum(value.nbytes for value in weights_of_first_step(tmp_path / "with").values())
+    assert peaks["with"] - peaks["without"] == weights
+
+
+def weights_of_first_step(output: Path) -> dict:
+    return read_state_dict(output / "checkpoint-step1" / "model.pth", model_key="model|module|state_dict")
+
+
+def test_flags_of_recomputed_layers_have_no_effect_on_an_evaluation_and_it_says_so(tmp_path):
+    flags = ("--eval", "--finetune", tmp_path, "--recompute", "auto", "--memory_gb", 3, "--checkpoint_activations")
+    args = beit3_args.parse_args([str(flag) for flag in vqa_run.train_flags(tmp_path, *flags)])
+    notes = [f"--{name} has no effect: an evaluation recomputes nothing" for name in ("recompute", "memory_gb")]
+    assert [note for note in args.notes if "recomputes" in note] == notes
 
 
 def test_a_run_of_captions_may_be_auto_too(tmp_path):
