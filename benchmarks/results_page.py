@@ -18,6 +18,7 @@ SECTIONS = {
     "decoding": "Decoding",
     "data": "Data pipelines, one core",
     "checkpoints": "Checkpoints",
+    "forecast": "Forecast: predicted (ours) beside measured",
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 ON_CPU_ONLY = ("data",)

@@ -103,6 +103,7 @@ JOBS = (
     Job("data", "bench_data", "", None, "--size 64 --num_images 2 --rounds 1", takes_threads=False),
     Job("boxes", "bench_boxes", "", None, "--images 4 --rounds 1", takes_threads=False),
     Job("checkpoint", "bench_checkpoint", "", "", "--model beit3_tiny_patch32_64 --rounds 1"),
+    Job("forecast", "bench_forecast", "", "--batch_size 32", "--model beit3_tiny_patch32_96 --steps 3 --rounds 1"),
     Job(
         "scaling", "bench_scaling", "", f"{_BF16} --batch_sizes 8 16 32 64 --image_batch 8 --lengths 512 1024 2048",
         "--model beit3_tiny_patch32 --image_sizes 32 64 --batch_sizes 1 2 --lengths 16 32 --width 64 --layers 1 "
