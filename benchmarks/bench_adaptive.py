@@ -111,7 +111,7 @@ def measure_training(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for name, nudge in ((strategy, 0.0), (f"{strategy}, plain", NUDGE)):
             sides[name] = _stepper([model, decider], lambda nudge=nudge, forward=forward: forward(nudge), targets)
             kept[name] = _kept_mib(lambda nudge=nudge, forward=forward: forward(nudge))
-    times = in_turns(sides, args.rounds, args.device)
+    times = in_turns(sides, args.rounds, args.device, settled=True)
     return {name: {"seconds": times[name], "kept_mib": kept[name]} for name in sides}
 
 

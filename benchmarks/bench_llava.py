@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if args.has_peer:
         row |= compare(models, losses, args.dtype)
     steps = {name: stepper(model, losses[name]) for name, model in sides.items()}
-    row |= in_turns(steps, args.rounds, args.device)
+    row |= in_turns(steps, args.rounds, args.device, settled=True)
     row |= {f"{name}, forward": seconds for name, seconds in in_turns(forward, args.rounds, args.device).items()}
     if args.has_peer:
         row["ratio"] = row[SIDES[1]] / row[SIDES[0]]

@@ -6,8 +6,9 @@
 
 Our step: text of its own length, forward, backward, fused AdamW, no clipping. The peer's: text padded to ``--pad_to``
 as the original does, forward, backward, AdamW as ``torch.optim.AdamW`` gives it by default. Both run under the same
-autocast, alternately; medians are reported. Peak memory comes from a process of its own per side. FLOPs are counted by
-formula: real tokens only, nothing recomputed, of BEiT-3's last layer only what the head needs, backward = 2 x forward.
+autocast, in turns, each turn with an untimed call first; medians are reported. Peak memory comes from a process of its
+own per side. FLOPs are counted by formula: real tokens only, nothing recomputed, of BEiT-3's last layer only what the
+head needs, backward = 2 x forward.
 To add a family: a file like ``workload_beit3.py`` and its line in ``FAMILIES``.
 """
 
@@ -76,7 +77,7 @@ def eval_pass(side: Side, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, batch_size: int) -> dict[str, object]:
-    """Time both sides alternately at one batch size."""
+    """Time both sides in turns at one batch size."""
     workload = FAMILIES[args.family][0](args, batch_size)
     sides = {"ours": add_optimizer(workload.build_ours(), fused=True)}
     if workload.build_peer is not None:
@@ -92,8 +93,10 @@ def measure(args: argparse.Namespace, batch_size: int) -> dict[str, object]:
     times: dict[str, list[tuple[float, float]]] = {f"{name}_{kind}": [] for name in sides for kind in ("train", "eval")}
     for _ in range(args.steps):
         for name, side in sides.items():
+            train_step(side, args)  # untimed: see measure.in_turns, ``settled``
             times[f"{name}_train"].append(timed(lambda side=side: train_step(side, args), args.device))
         for name, side in sides.items():
+            eval_pass(side, args)
             times[f"{name}_eval"].append(timed(lambda side=side: eval_pass(side, args), args.device))
     for name, pairs in times.items():
         row[f"{name}_s"], row[f"{name}_cpu_s"] = (statistics.median(values) for values in zip(*pairs, strict=True))

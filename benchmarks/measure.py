@@ -39,11 +39,19 @@ def timed(function: Callable[[], object], device: str = "cpu") -> tuple[float, f
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def in_turns(sides: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Median wall seconds of each side, one call of each in every round; a round before them warms up."""
+def in_turns(
+    sides: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", *, settled: bool = False
+) -> dict[str, float]:
+    """Median wall seconds of each side, one call of each in every round; a round before them warms up.
+
+    ``settled`` calls a side twice in its turn and times the second call: it finds memory and caches as it left them
+    itself, as in a run of its own, and not as the side before it did. For steps, which repeat themselves in use.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
+            if settled and number:
+                side()
             seconds, _ = timed(side, device)
             if number:
                 times[name].append(seconds)

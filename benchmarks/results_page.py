@@ -56,7 +56,8 @@ def render(results: Results) -> str:
             [*lines, f"{NOT_MEASURED.capitalize()} yet: `bash benchmarks/run_all.sh` writes this part.", ""]
         )
     lines += [
-        "`bash benchmarks/run_all.sh`. Medians of calls in turns; a ratio above 1 says how many times faster ours is.",
+        "`bash benchmarks/run_all.sh`. Medians of calls in turns; a step comes after an untimed one of the same side,",
+        "and so finds memory as that left it. A ratio above 1 says how many times faster ours is.",
         "Outputs are compared before anything is timed. Memory: at most of the process or GPU, beyond what was there",
         "before (adaptive rows: what autograd keeps). Of peak: useful FLOPs over what a matrix product reaches there.",
         "",
