@@ -259,6 +259,7 @@ def test_two_processes_agree_and_fail_together(tmp_path):
 
 
 def _join_by_environment(rank: int, variables: dict[str, str], rank_names: tuple[str, str]) -> None:
+    dist.barrier()  # who leaves while the other one still connects breaks its start
     dist.destroy_process_group()
     import os
 
