@@ -31,9 +31,9 @@ class Fit:
 
 
 def first_that_fits(
-    ways: Sequence[Callable[[], None]],
+    ways: Sequence[Callable[[nn.Module], None]],
     model: nn.Module,
-    compute_loss: Callable[[], Tensor],
+    compute_loss: Callable[[nn.Module], Tensor],
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
@@ -46,9 +46,9 @@ def first_that_fits(
     What a step draws is the same for each way.
 
     Args:
-        ways: put the model into the state to be tried; the first one is preferred.
+        ways: put a model into the state to be tried; the first one is preferred.
         model: from ``copy_without_values``, in training mode.
-        compute_loss: of ``model`` on a batch of values.
+        compute_loss: of a model on a batch of values.
         device: whose tensors count.
         autocast: context of the forward pass.
         keeps_gradients: whether gradients are there during the forward pass: with accumulation and with DDP.
@@ -62,7 +62,7 @@ def first_that_fits(
     def try_all() -> tuple[int, list[int], int]:
         peaks: list[int] = []
         for number, way in enumerate(ways):
-            way()
+            way(model)
             set_random_state(state)
             before, peak = _count_step(model, compute_loss, device, autocast, times=1 + keeps_gradients)
             peak += later
@@ -83,7 +83,7 @@ def first_that_fits(
 
 def _count_step(
     model: nn.Module,
-    compute_loss: Callable[[], Tensor],
+    compute_loss: Callable[[nn.Module], Tensor],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     *,
@@ -101,7 +101,7 @@ def _count_step(
         before = memory.now_bytes
         for _ in range(times):
             with autocast():
-                loss = compute_loss()
+                loss = compute_loss(model)
             loss.backward()
             del loss
         with SHAPES_ONLY:

@@ -85,22 +85,11 @@ def run_block_drop(
         policy: (B, N), 1 = keep.
         run: see ``Run``.
     """
-    _check_decisions(policy, len(layers))
-    rows = _rows_of(policy)
-    outputs = []
-    for number, (layer, keep) in enumerate(zip(layers, policy.unbind(1), strict=True)):
-        chosen = None if rows is None else rows[number]
-        tokens = run(number, _keep_or_drop, keep, chosen, layer, tokens, mask)
-        outputs.append(tokens)
-    return outputs
+    return run_spottune_block(layers, [_unchanged] * len(layers), tokens, mask, policy, run=run)
 
 
-def _keep_or_drop(
-    keep: Tensor, rows: tuple[Tensor, Tensor] | None, layer: Layer, tokens: Tensor, mask: Tensor | None
-) -> Tensor:
-    if rows is None:
-        return _mix(keep, layer(tokens, mask), tokens)
-    return _choose(keep, rows, layer, lambda same, _: same, tokens, mask)
+def _unchanged(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return tokens
 
 
 def run_spottune_block(

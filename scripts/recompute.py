@@ -4,7 +4,7 @@ import argparse
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +16,6 @@ from engine.log import say
 from engine.loop import LossFunction, TrainLoader
 from models.recompute import Recompute, set_recompute
 from scripts.start import autocast_of
-
-if TYPE_CHECKING:
-    from engine.fitting import Fit
 
 CANDIDATES = ("none", "every_4", "every_3", "every_2", "full")  # from the fewest recomputed layers to the most
 
@@ -52,8 +49,24 @@ def apply_recompute(
     if args.recompute != "auto":
         set_recompute(model, Recompute.parse(args.recompute))
         return {"recompute": args.recompute}
-    found = _try_candidates(args, model, loader, loss_fn, device, dtype, prepare)
-    gc.collect()  # the copy without values goes in circles, and a dry run counts the tensors that are there
+    from engine.fitting import first_that_fits
+    from engine.without_values import copy_without_values  # loads torch's compiler
+
+    batch = distributed.together(lambda: to_device(next(loader.batches(0, 0)), device))
+    copy = copy_without_values(model).train()
+    prepare(copy)
+    found = first_that_fits(
+        [partial(set_recompute, policy=Recompute.parse(text)) for text in CANDIDATES],
+        copy,
+        lambda copy: loss_fn(copy, batch, 0)["loss"],
+        device=device,
+        autocast=autocast_of(device, dtype),
+        keeps_gradients=args.update_freq > 1 or distributed.world_size() > 1,
+        limit=None if args.memory_gb is None else int(args.memory_gb * 1e9),
+        later=_moving_average_bytes(args, model, device),
+    )
+    del copy
+    gc.collect()  # it goes in circles, and a dry run counts the tensors that are there
     peak, limit = (f"{number / 1e9:.3g} GB" for number in (found.peaks[-1], found.limit))
     if found.choice is None:
         error = EngineError(
@@ -67,33 +80,6 @@ def apply_recompute(
     say(f"recompute: {chosen}, with which a step is predicted to take {peak} of tensors; there are {limit}")
     predicted = dict(zip(CANDIDATES, found.peaks, strict=False))
     return {"recompute": chosen, "recompute_forecast": {"peak_bytes": predicted, "limit_bytes": found.limit}}
-
-
-def _try_candidates(
-    args: argparse.Namespace,
-    model: nn.Module,
-    loader: TrainLoader,
-    loss_fn: LossFunction,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    prepare: Callable[[nn.Module], None],
-) -> "Fit":
-    from engine.fitting import first_that_fits
-    from engine.without_values import copy_without_values  # loads torch's compiler
-
-    batch = distributed.together(lambda: to_device(next(loader.batches(0, 0)), device))
-    copy = copy_without_values(model).train()
-    prepare(copy)
-    return first_that_fits(
-        [partial(set_recompute, copy, Recompute.parse(text)) for text in CANDIDATES],
-        copy,
-        lambda: loss_fn(copy, batch, 0)["loss"],
-        device=device,
-        autocast=autocast_of(device, dtype),
-        keeps_gradients=args.update_freq > 1 or distributed.world_size() > 1,
-        limit=None if args.memory_gb is None else int(args.memory_gb * 1e9),
-        later=_moving_average_bytes(args, model, device),
-    )
 
 
 def _moving_average_bytes(args: argparse.Namespace, model: nn.Module, device: torch.device) -> int:

@@ -43,11 +43,11 @@ def _sizes(part: nn.Module) -> tuple:
 
 
 def fit(model: nn.Module, limit: int | None, *, keeps_gradients: bool = False) -> Fit:
-    inputs, copy = torch.ones(BATCH, WIDTH), copy_without_values(model)
+    inputs = torch.ones(BATCH, WIDTH)
     return first_that_fits(
-        [partial(set_recompute, copy, way) for way in WAYS],
-        copy,
-        lambda: copy(inputs).square().sum(),
+        [partial(set_recompute, policy=way) for way in WAYS],
+        copy_without_values(model),
+        lambda copy: copy(inputs).square().sum(),
         device=CPU,
         autocast=nullcontext,
         keeps_gradients=keeps_gradients,
