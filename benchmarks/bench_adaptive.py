@@ -26,10 +26,8 @@ from benchmarks.measure import in_turns
 from benchmarks.rows import Result, Row, load_average, write_result
 from models.adaptive import sample_policy
 from models.losses import vqa_loss
-from models.vlbert.encoder import EncoderConfig
-from models.vlbert.regions import FEATURE_SIZE
-from models.vlbert.vlbert import VLBertConfig
-from models.vlbert.vqa import VLBertForVQA
+from models.vlbert.vlbert import EncoderConfig, VLBertConfig
+from models.vlbert.vqa import FEATURE_SIZE, VLBertForVQA
 
 VOCABULARY = 8192  # rows that are not looked up would only cost memory
 NUM_ANSWERS, POLICY_LAYERS, POLICY_INNER = 3129, 2, 512

@@ -24,9 +24,8 @@ from benchmarks.workload_llava import MAX_DIFFERENCE, add_decoder_flags, llama_v
 from models.clip_vision import CLIPVisionConfig
 from models.llava.config import LlamaConfig, LlavaConfig
 from models.llava.generation import Decoding, generate
-from models.llava.llava import LlavaForCausalLM
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.llava.loading import load_stream
-from models.llava.splice import IMAGE_PLACE
 
 _NUM_POSITIONS = 4096
 

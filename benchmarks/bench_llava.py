@@ -26,10 +26,8 @@ from benchmarks.rows import NOT_INSTALLED, Result, Row, load_average, write_resu
 from benchmarks.workload_llava import MAX_DIFFERENCE, add_decoder_flags, llama_values
 from models.linear import Linear
 from models.llava.config import LlamaConfig
-from models.llava.llama import LlamaModel
-from models.llava.splice import IGNORED
+from models.llava.llama import IGNORED, LlamaModel, next_word_loss
 from models.lora import LoRAConfig, add_adapters
-from models.losses import chunked_cross_entropy
 from models.recompute import Recompute, set_recompute
 
 SIDES = ("ours", "transformers + peft")
@@ -50,7 +48,7 @@ class Decoder(nn.Module):
         embedded = self.model.embed_tokens(torch.cat(samples))[None]
         hidden = self.model.decode(embedded, lengths=lengths).tokens[0]
         targets = torch.cat([torch.cat([row[1:], row.new_full((1,), IGNORED)]) for row in labels])
-        return chunked_cross_entropy(hidden, self.lm_head, targets)
+        return next_word_loss(hidden, self.lm_head, targets)
 
 
 def sizes(args: argparse.Namespace) -> dict[str, float]:

@@ -17,8 +17,8 @@ from models.beit3.config import TASK_SUFFIXES, beit3_config
 from models.beit3.tasks import build_beit3, captioning_loss
 from models.clip_vision import CLIPVisionConfig
 from models.llava.config import LlamaConfig, LlavaConfig
-from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import IGNORED, IMAGE_PLACE
+from models.llava.llama import IGNORED
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.lora import LoRAConfig, add_adapters
 from models.losses import vqa_loss
 from models.vle.config import VLEConfig

@@ -25,8 +25,7 @@ from engine import distributed
 from engine.log import say
 from engine.partial_results import PartialResults
 from models.llava.generation import Decoding
-from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import IMAGE_PLACE
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.quantized import QuantizedWeight
 from scripts import llava_vqa
 from scripts.llava_feature_cache import cached_features

@@ -29,9 +29,8 @@ from engine import distributed
 from engine.errors import RunError
 from engine.evaluation import forward_batches, sum_over_processes
 from engine.partial_results import PartialResults
-from models.llava.generation import Decoding, generate
+from models.llava.generation import Decoding, answer_probability, generate
 from models.llava.llava import LlavaForCausalLM
-from models.llava.scoring import answer_probability
 from scripts.llava_folder import LlavaFolder
 from scripts.loaders import warn_of_replaced
 

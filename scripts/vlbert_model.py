@@ -17,12 +17,10 @@ from engine.weights import read_state_dict
 from models.adaptive import num_decisions
 from models.errors import ModelError
 from models.loading import load_weights
-from models.vlbert.adaptive_vqa import COUNTS, POLICY, AdaptiveVQA
-from models.vlbert.encoder import EncoderConfig
 from models.vlbert.fast_rcnn import HEAD, FastRCNN, FastRCNNConfig, blocks_of, without_aliases
 from models.vlbert.loading import classifier_from_words, load_bert, load_pretrained
-from models.vlbert.vlbert import VLBertConfig
-from models.vlbert.vqa import SpecialIds, VLBertForVQA
+from models.vlbert.vlbert import EncoderConfig, VLBertConfig
+from models.vlbert.vqa import COUNTS, POLICY, AdaptiveVQA, SpecialIds, VLBertForVQA
 
 VOCABULARY, ANSWERS, CONFIG = "vocab.txt", "answers_vqa.txt", "config.yaml"  # also beside the weights of a checkpoint
 _BERT_FILE = "pytorch_model.bin"

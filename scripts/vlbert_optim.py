@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from engine.errors import EngineError
-from models.vlbert.adaptive_vqa import POLICY
+from models.vlbert.vqa import POLICY
 
 POLICY_PART = "policy"
 

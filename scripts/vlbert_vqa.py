@@ -32,7 +32,7 @@ from engine import distributed
 from engine.log import RunLog, say
 from models.adaptive import constrain_k_loss, deterministic_policy_loss
 from models.losses import vqa_loss
-from models.vlbert.adaptive_vqa import AdaptiveVQA
+from models.vlbert.vqa import AdaptiveVQA
 from scripts.loaders import build_loader
 from scripts.report.usage import make_usage, write_usage, write_usage_page
 from scripts.vlbert_model import ANSWERS, Vocabularies, longest_question

@@ -1,11 +1,11 @@
-"""The Llama decoder with its original key names: RMS norms, rotary positions, grouped keys, cache.
+"""The Llama decoder with its original key names: RMS norms, rotary positions, grouped keys, cache; its loss.
 
 Source: Touvron et al. 2023; arithmetic and key names of transformers' LlamaForCausalLM.
 
 Letters: B batch, T new tokens, K tokens that are looked at, D width, H heads, G heads of keys, C channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.errors import ModelError
 from models.layers import attention, join_heads, split_heads
 from models.linear import Linear
 from models.llava.config import LlamaConfig
 from models.recompute import NOTHING
+
+IGNORED = -100  # label of what is not to be learnt
 
 
 class RMSNorm(nn.Module):
@@ -257,3 +260,33 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def next_word_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Cross entropy of the next word, mean over the labelled places, without the logits of all of them at once.
+
+    Only labelled rows meet the vocabulary, ``chunk`` at a time; their float32 logits are made again in the backward
+    pass. Value and gradients are those of the loss over all logits.
+
+    Args:
+        hidden: (..., D), already shifted: row t foretells label t.
+        head: (n, D) -> (n, vocabulary) logits.
+        labels: (...), ``IGNORED`` where nothing is to be learnt.
+        chunk: rows whose logits exist at the same time.
+
+    Returns:
+        A scalar; NaN if no place is labelled.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    wanted = (labels != IGNORED).nonzero().squeeze(1)  # waits for the device, once
+    rows, targets = hidden.index_select(0, wanted), labels.index_select(0, wanted)
+
+    def part(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), targets, reduction="sum")
+
+    pairs = zip(rows.split(chunk), targets.split(chunk), strict=True)
+    if torch.is_grad_enabled() and len(rows) > chunk:
+        sums = [checkpoint(part, *pair, use_reentrant=False) for pair in pairs]
+    else:
+        sums = [part(*pair) for pair in pairs]
+    return torch.stack(sums).sum() / len(targets) if len(targets) else part(rows, targets) / 0

@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 
 from models.errors import ModelError
 from models.linear import Linear
-from models.vlbert.regions import DROPOUT, coordinate_embedding
+from models.vlbert.vqa import DROPOUT, coordinate_embedding
 
 HEAD, HEAD_ALIAS = "roi_head_feature_extractor.", "head.0."
 _COORDINATES = 2048

@@ -33,7 +33,7 @@ from engine.log import RunLog, say
 from engine.loop import RunPlan, fit, resume_position
 from engine.optim import build_optimizer, describe_groups
 from engine.schedule import Schedule, multi_step, triangle
-from models.vlbert.adaptive_vqa import AdaptiveVQA
+from models.vlbert.vqa import AdaptiveVQA
 from scripts import vlbert_vqa
 from scripts.backends import build_backend
 from scripts.recompute import apply_recompute

@@ -14,7 +14,7 @@ from models.adaptive import (
     sample_policy,
 )
 from models.errors import ModelError
-from models.vlbert.encoder import COPY, Encoder, EncoderConfig
+from models.vlbert.vlbert import COPY, Encoder, EncoderConfig
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 16}
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -12,15 +12,13 @@ from models.beit3.config import BEiT3Config
 from models.clip_vision import CLIPVisionConfig
 from models.errors import ModelError
 from models.llava.config import LlamaConfig, LlavaConfig
-from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import IGNORED, IMAGE_PLACE
+from models.llava.llama import IGNORED
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.lora import LoRAConfig, add_adapters
 from models.losses import vqa_loss
 from models.recompute import NOTHING, Recompute, set_recompute
-from models.vlbert.adaptive_vqa import AdaptiveVQA
-from models.vlbert.encoder import EncoderConfig
-from models.vlbert.vlbert import VLBertConfig
-from models.vlbert.vqa import SpecialIds, VLBertForVQA
+from models.vlbert.vlbert import EncoderConfig, VLBertConfig
+from models.vlbert.vqa import AdaptiveVQA, SpecialIds, VLBertForVQA
 from models.vle.config import VLEConfig
 from models.vle.vle import VLEForVQA
 from tests.models.test_vle import TEXT, TINY, VISION

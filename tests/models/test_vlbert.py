@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from models.errors import ModelError
-from models.vlbert.adaptive_vqa import COUNTS, AdaptiveVQA
-from models.vlbert.encoder import EncoderConfig
 from models.vlbert.fast_rcnn import FastRCNN, FastRCNNConfig, blocks_of, without_aliases
 from models.vlbert.loading import classifier_from_words, load_bert, load_pretrained
-from models.vlbert.vlbert import VLBertConfig
-from models.vlbert.vqa import SpecialIds, VLBertForVQA
+from models.vlbert.vlbert import EncoderConfig, VLBertConfig
+from models.vlbert.vqa import COUNTS, AdaptiveVQA, SpecialIds, VLBertForVQA
 
 ENCODER = EncoderConfig(
     hidden_size=12,

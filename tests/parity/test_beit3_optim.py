@@ -92,7 +92,8 @@ def test_training_runs_end_with_the_recorded_parameters(recording):
             if info is not None:
                 norms.append(info.grad_norm.item())
         assert losses == pytest.approx(run["losses"], rel=1e-5)  # measured 4e-7
-        assert norms == pytest.approx(run["grad_norms"], rel=1e-5)  # measured 4e-7
+        # measured 4e-7, with AVX2 2.3e-5: Adam's first steps are whole ones along mere rounding errors too
+        assert norms == pytest.approx(run["grad_norms"], rel=1e-4)
         state = model.state_dict()
         for name, expected in run["params_after"].items():
             torch.testing.assert_close(state[name], expected, atol=2e-6, rtol=1e-5)  # measured 4e-7

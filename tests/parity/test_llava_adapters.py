@@ -17,8 +17,7 @@ from data.errors import DataError
 from engine.weights import read_state_dict
 from models.errors import ModelError
 from models.llava.generation import Decoding, generate
-from models.llava.llava import LlavaForCausalLM
-from models.llava.splice import IMAGE_PLACE
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.lora import LoRAConfig
 from scripts import export_adapter, merge_lora_weights
 from scripts.llava_folder import LlavaFolder, read_llava_folder

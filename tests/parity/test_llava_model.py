@@ -17,12 +17,10 @@ from models.clip_vision import CLIPVisionConfig, CLIPVisionTransformer
 from models.linear import Linear
 from models.llava.config import LlamaConfig
 from models.llava.generation import Decoding, beam_search, generate, warped
-from models.llava.llama import Cache, LlamaModel
-from models.llava.llava import LlavaForCausalLM
-from models.llava.projector import build_projector
+from models.llava.llama import Cache, LlamaModel, next_word_loss
+from models.llava.llava import LlavaForCausalLM, build_projector
 from models.loading import load_weights
 from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters, merge_adapters, plain_names
-from models.losses import chunked_cross_entropy
 from tests.parity.fixture_files import load_fixture
 from tests.parity.llava_fixtures import LAST_OF_TOWER, llava_model
 
@@ -125,7 +123,7 @@ def test_decoder_with_padding_at_the_right_with_and_without_a_mask(with_mask):
     hidden = model.model.decode(model.model.embed_tokens(inputs["input_ids_right"])).tokens
     for chunk in (3, 1024):
         model.zero_grad()
-        loss = chunked_cross_entropy(hidden[:, :-1], model.lm_head, inputs["labels_right"][:, 1:], chunk=chunk)
+        loss = next_word_loss(hidden[:, :-1], model.lm_head, inputs["labels_right"][:, 1:], chunk=chunk)
         loss.backward(retain_graph=True)
         assert_near(loss.detach(), recording["loss"])
         assert_grads(model, recording["grads"])

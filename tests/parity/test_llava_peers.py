@@ -19,9 +19,8 @@ from models.linear import Linear
 from models.llava.config import LlamaConfig, LlavaConfig
 from models.llava.generation import Decoding, generate
 from models.llava.llama import LlamaModel
-from models.llava.llava import LlavaForCausalLM
+from models.llava.llava import IMAGE_PLACE, LlavaForCausalLM
 from models.llava.loading import load_stream, missing_weights
-from models.llava.splice import IMAGE_PLACE
 from models.loading import load_weights
 from models.lora import LoRAConfig, adapter_state, add_adapters, load_adapters, plain_names
 from tests.parity.test_llava_model import assert_near

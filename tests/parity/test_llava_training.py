@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from engine.optim import build_adamw
 from engine.schedule import warmup_decay
-from models.llava.splice import IGNORED
+from models.llava.llama import IGNORED
 from models.loading import load_weights
 from models.lora import LoRAConfig, add_adapters
 from scripts.llava_optim import llava_parameter_groups

@@ -183,4 +183,6 @@ def test_layer_norm_epsilons():
 def test_resized_position_tables():
     for case in load_fixture("vle_pos_embed.pt")["outputs"]["cases"]:
         grid = case["image_size_after"] // case["patch_size"]
-        assert_close(resize_pos_embed(case["before"], grid, 1), case["after"], atol=1e-6, rtol=0)
+        assert_close(
+            resize_pos_embed(case["before"], grid, 1), case["after"], atol=1e-6, rtol=1e-6
+        )  # values of up to 3: two roundings

@@ -20,8 +20,8 @@ from data.vlbert_vqa import REGION_ROOT
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE
 from engine.weights import read_state_dict
 from models.errors import ModelError
-from models.vlbert import regions
-from models.vlbert.adaptive_vqa import AdaptiveVQA, Answered
+from models.vlbert import vqa
+from models.vlbert.vqa import AdaptiveVQA, Answered
 from scripts import pack_box_features, vlbert_vqa
 from scripts.report.usage import read_usages
 from scripts.vlbert_args import _decisions, parse_args
@@ -277,7 +277,7 @@ def test_a_resumed_run_keeps_its_frozen_copies(tmp_path):
 
 
 def _run_without_dropout(rank: int, argv: list[str]) -> None:
-    regions.DROPOUT = 0.0  # fixed in the original, so it is no setting
+    vqa.DROPOUT = 0.0  # fixed in the original, so it is no setting
     program(*argv)
 
 
@@ -288,7 +288,7 @@ def test_two_processes_train_like_one_and_count_all_decisions(tmp_path, monkeypa
     for strategy in ("standard", "BlockDrop"):
         argv = train_flags(tmp_path / "two", *no_dropout, "--lr", "1e-3", strategy=strategy)
         run_in_processes(_run_without_dropout, 2, [*argv, "--set=TRAIN.GRAD_ACCUMULATE_STEPS=1"])
-        monkeypatch.setattr(regions, "DROPOUT", 0.0)
+        monkeypatch.setattr(vqa, "DROPOUT", 0.0)
         program(*train_flags(tmp_path / "one", *no_dropout, "--lr", "1e-3", strategy=strategy))
     one, two = (read_state_dict(run_dir(tmp_path / name) / "checkpoint-0") for name in ("one", "two"))
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
