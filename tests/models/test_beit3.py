@@ -170,6 +170,7 @@ def test_stochastic_depth_leaves_the_first_layer_alone_and_drops_whole_samples()
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_numbers_and_keep_their_names(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear, "_MIN_PRODUCTS_FOR_ONEDNN", 1)
+    monkeypatch.setattr(linear, "_PREFERS_ONEDNN", True)
     plain = trunk(drop_path=0.3)
     compiled = copy.deepcopy(plain)
     compile_layers(compiled)

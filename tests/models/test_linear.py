@@ -1,5 +1,7 @@
 """The linear layer against torch's own, on the way that large products take."""
 
+import io
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,8 +13,9 @@ from models.linear import Linear
 
 @pytest.fixture
 def onednn_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let small products take the way of large ones."""
+    """Let small products take the way of large ones on AMD's processors."""
     monkeypatch.setattr(linear_module, "_MIN_PRODUCTS_FOR_ONEDNN", 1)
+    monkeypatch.setattr(linear_module, "_PREFERS_ONEDNN", True)
 
 
 @pytest.mark.usefixtures("onednn_always")
@@ -60,3 +63,36 @@ def test_under_autocast_a_linear_layer_computes_in_the_lower_precision():
     linear = Linear(16, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(torch.randn(256, 16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prefers", [True, False])
+def test_only_amds_processors_take_onednns_way(prefers: bool, monkeypatch: pytest.MonkeyPatch):
+    """On Intel's torch's own products are the faster ones."""
+    taken = []
+    product = linear_module.onednn_product
+    monkeypatch.setattr(linear_module, "onednn_product", lambda *inputs: taken.append(1) or product(*inputs))
+    monkeypatch.setattr(linear_module, "_PREFERS_ONEDNN", prefers)
+    linear, x = Linear(300, 300), torch.randn(300, 300, requires_grad=True)
+    linear(x).sum().backward()
+    assert len(taken) == (3 if prefers else 0)
+
+
+@pytest.mark.parametrize(
+    ("lines", "maker"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n\nvendor_id\t: other\n", "AuthenticAMD"),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),  # Arm
+        (None, "AuthenticAMD"),  # Windows has no such file
+    ],
+)
+def test_the_maker_of_the_processor(lines: str | None, maker: str, monkeypatch: pytest.MonkeyPatch):
+    def read(name: str, **options: str) -> io.StringIO:
+        assert name == "/proc/cpuinfo"
+        if lines is None:
+            raise FileNotFoundError(name)
+        return io.StringIO(lines)
+
+    monkeypatch.setattr(linear_module, "open", read, raising=False)
+    monkeypatch.setattr(linear_module.platform, "processor", lambda: "AMD64 Family 25 Model 17, AuthenticAMD")
+    assert linear_module._maker_of_the_processor() == maker

@@ -84,6 +84,7 @@ def test_attention_takes_this_way_for_many_tokens_only(monkeypatch):
     taken = []
     monkeypatch.setattr("models.layers.onednn_attention", lambda *inputs: taken.append(1) or onednn_attention(*inputs))
     monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("models.linear._PREFERS_ONEDNN", True)
     few, many = drawn(), drawn(300, 300)
     hidden = torch.ones(1, 1, 1, 300, dtype=torch.bool)
     assert_close(attention(*many, mask=hidden), F.scaled_dot_product_attention(*many))
@@ -98,6 +99,9 @@ def test_attention_takes_this_way_for_many_tokens_only(monkeypatch):
         assert not is_worthwhile(many[0], many[1], None)
     assert len(taken) == 2
     monkeypatch.setattr(module.torch, "get_num_threads", lambda: 64)
+    attention(*many)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("models.linear._PREFERS_ONEDNN", False)
     attention(*many)
     assert len(taken) == 2
 
