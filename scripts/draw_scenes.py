@@ -174,7 +174,7 @@ def _is_drawn(folder: Path, settings: dict, overwrite: bool) -> bool:
         raise DataError(f"{note} is not a note of this program: delete {folder} or give another --output")
     if not overwrite:
         raise DataError(
-            f"{folder} holds another drawing ({_described(earlier)}): "
+            f"{folder} holds another drawing ({_described(earlier)}) than the one asked for ({_described(settings)}): "
             "give another --output, or --overwrite to replace it"
         )
     drawn = ("vgbua_res101_precomputed/*/*.json", "annotations/*.json", "bert_drawn/vocab.txt")

@@ -14,8 +14,9 @@
 #   QUESTION_FILE    valid_for_llava.jsonl, without data/valid/ test_for_llava.jsonl (IMAGE_FOLDER: valid/, test/)
 #   OUTPUT_DIR       checkpoints/<model>-finetune_lora: the adapter, its checkpoints, log.txt
 #   MERGED_DIR       none; a folder for the model with the adapter in its weights, which loads without its base
-#   EVAL_DIR         eval: answers (.jsonl) and the VizWiz server's file (.json)
-#   SUBMISSION       submission.npy
+#   EVAL_DIR         eval: answers (.jsonl) and the VizWiz server's file (.json), named <model>-lora, with an OUTPUT_DIR
+#                    like that folder
+#   SUBMISSION       submission.npy, of whichever run wrote it last
 #   EVAL_FLAGS       none; such as "--num_beams 3 --normalize process_text" (scripts/model_vqa_loader.py)
 # Processes, machines and the Python to use: see scripts/launch.sh.
 if [ -z "${PLAINVL_MAIN:-}" ]; then
@@ -38,6 +39,8 @@ else
     name=$(basename "$model")
     data=${DATA_PATH:-data}
     output=${OUTPUT_DIR:-checkpoints/$name-finetune_lora}
+    result=$name-lora # another run's answers to the same questions stay where they are
+    [[ -z ${OUTPUT_DIR:-} ]] || result=$(basename "$output")
     eval=${EVAL_DIR:-eval}
     split=valid
     [[ -d $data/valid || ! -d $data/test ]] || split=test
@@ -49,7 +52,7 @@ else
     training=(--model_name_or_path "$model" --data_path "$data/train_for_llava.json" --image_folder "$data/train")
     training+=(--output_dir "$output")
     answering=(--model-path "$output" --model-base "$model" --question-file "$questions" --image-folder "$images")
-    answering+=(--answers-file "$eval/$name-lora.jsonl" --upload-file "$eval/$name-lora.json")
+    answering+=(--answers-file "$eval/$result.jsonl" --upload-file "$eval/$result.json")
     # shellcheck disable=SC2206  # several flags in one variable
     answering+=(--submission-file "${SUBMISSION:-submission.npy}" ${EVAL_FLAGS:-})
 

@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"--save-model-path {output} is an input itself: give another folder")
     check_output(output, overwrite=args.overwrite)
     require_writable(output)
-    if args.model_path.is_dir() and not is_adapter(args.model_path):
+    if not args.model_path.is_dir():
+        raise DataError(f"no folder {args.model_path}: give --model-path with an adapter")
+    if not is_adapter(args.model_path):
         raise DataError(f"{args.model_path} has no {ADAPTER_CONFIG}, so there is nothing to merge: give an adapter")
     dtype = getattr(torch, args.dtype)
     folder = read_llava_folder(

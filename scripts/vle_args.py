@@ -174,7 +174,7 @@ def _find_places(args: argparse.Namespace) -> None:
     args.is_eval = args.test_only
     if not Path(args.model_dir).is_dir():
         raise DataError(
-            f"no folder {args.model_dir}: give --model_dir with the files of a VLE model (docs/datasets.md); nothing "
+            f"no folder {args.model_dir}: give --model_dir with the files of a VLE model (docs/vle.md); nothing "
             "is downloaded"
         )
     own = args.train_file or (args.is_eval and args.eval_split.endswith(".jsonl"))

@@ -208,4 +208,4 @@ def test_variables_and_flags_reach_their_programs(tmp_path):
     start, answer = found["model_vqa_loader.py"]
     assert "--nproc_per_node=2" in start
     assert (str(answer.question_file), str(answer.image_folder)) == ("my data/test_for_llava.jsonl", "my data/test")
-    assert (str(answer.answers_file), answer.num_beams) == ("answers/a b-lora.jsonl", 3)
+    assert (str(answer.answers_file), answer.num_beams) == ("answers/out put.jsonl", 3)  # as OUTPUT_DIR is called
