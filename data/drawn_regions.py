@@ -25,7 +25,7 @@ from data.drawn_scenes import (
 )
 from data.files import open_atomic, write_json_atomic
 from data.tokenizers.wordpiece import basic_words
-from data.vlbert_vqa import REGION_ROOT, SIZE_FILES, region_folder
+from data.vlbert_files import REGION_ROOT, SIZE_FILES, region_folder
 
 BERT_FOLDER = "bert_drawn"  # in the data folder: the vocabulary of the questions and answers
 NOISE = 0.5  # against directions of spread 1

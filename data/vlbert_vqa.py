@@ -15,27 +15,8 @@ from data.files import read_json
 from data.own_vqa import OWN_QUESTIONS, own_rows, own_targets
 from data.tokenizers.wordpiece import WordPieceTokenizer, swap_sides
 from data.vlbert_answers import AnswerList
-from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE, check_answers, read_items
-
-VQA, VQA_CP = "vqa", "vqa_cp"
-REGION_ROOT = "vgbua_res101_precomputed"
-OWN = "own"  # place of the images of a file of one's own
-SIZE_FILES = {
-    "train2014": "annotations/instances_train2014.json",
-    "val2014": "annotations/instances_val2014.json",
-    "test2015": "annotations/image_info_test2015.json",
-}
-# image sets of VQA v2 → folder of their images
-_VQA_SETS = {
-    "train2014": "train2014",
-    "val2014": "val2014",
-    "minival2014": "val2014",
-    "valminusminival2014": "val2014",
-    "test2015": "test2015",
-    "test-dev2015": "test2015",
-}
-_CP_SETS = {"train": "train", "val": "test"}  # image set → part of the file name
-_UNLABELLED = ("test2015", "test-dev2015")
+from data.vlbert_files import MISSING_DATA, OWN, SIZE_FILES, VQA, place_of, question_files, region_path
+from data.vqav2_files import check_answers, read_items
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,46 +68,37 @@ def read_questions(dataset: str, image_sets: str, data_path: str | Path) -> list
     Raises:
         DataError: an unknown set; missing, broken or contradicting files.
     """
-    known = _VQA_SETS if dataset == VQA else _CP_SETS
     questions: list[Question] = []
     for name in image_sets.split("+"):
-        if name not in known:
-            raise DataError(f"image set {name!r} of {dataset}: choose {', '.join(known)}, or several joined by +")
-        reader = _read_vqa if dataset == VQA else _read_cp
-        questions += reader(name, Path(data_path) / "vqa")
+        asked, answered = _read(dataset, question_files(dataset, name, data_path))
+        for number, item in asked.items():
+            place = place_of(name) if dataset == VQA else item["coco_split"]
+            questions.append(_question(item, answered.get(number), place))
     return questions
 
 
-def _read_vqa(name: str, folder: Path) -> list[Question]:
+def _read(dataset: str, paths: list[Path]) -> tuple[dict[int, dict], dict[int, dict]]:
+    """Questions and, where there is a second file, annotations by number."""
     kinds = {"image_id": int, "question": str, "question_id": int}
-    advice = "give the folder above vqa/ as DATASET.DATASET_PATH"
-    path = folder / QUESTION_FILE.format(name)
-    asked = read_items(path, "questions", kinds, advice=advice)
+    bare = dataset != VQA
+    asked = read_items(
+        paths[0],
+        "questions",
+        kinds | ({"coco_split": str} if bare else {}),
+        bare=bare,
+        advice=MISSING_DATA,
+    )
     answered = {}
-    if name not in _UNLABELLED:
-        answers_path = folder / ANSWERS_FILE.format(name)
+    if len(paths) > 1:
         kinds = {"question_id": int, "multiple_choice_answer": str, "answers": list}
-        answered = read_items(answers_path, "annotations", kinds, advice=advice)
-        check_answers(asked, path, answered, answers_path)
-    place = _VQA_SETS[name]
-    return [_question(item, answered.get(number), place) for number, item in asked.items()]
-
-
-def _read_cp(name: str, folder: Path) -> list[Question]:
-    kinds = {"image_id": int, "question": str, "question_id": int, "coco_split": str}
-    part = _CP_SETS[name]
-    paths = [folder / f"vqacp_v2_{part}_{what}.json" for what in ("questions", "annotations")]
-    advice = "give the folder above vqa/ as DATASET.DATASET_PATH"
-    asked = read_items(paths[0], "questions", kinds, bare=True, advice=advice)
-    kinds = {"question_id": int, "multiple_choice_answer": str, "answers": list}
-    answered = read_items(paths[1], "annotations", kinds, bare=True, advice=advice)
-    check_answers(asked, paths[0], answered, paths[1])
-    for number, item in asked.items():
+        answered = read_items(paths[1], "annotations", kinds, bare=bare, advice=MISSING_DATA)
+        check_answers(asked, paths[0], answered, paths[1])
+    for number, item in asked.items() if bare else ():
         if item["coco_split"] not in SIZE_FILES:
             raise DataError(
                 f"{paths[0]}: question {number}: coco_split {item['coco_split']!r:.40} must be {', '.join(SIZE_FILES)}"
             )
-    return [_question(item, answered[number], item["coco_split"]) for number, item in asked.items()]
+    return asked, answered
 
 
 def _question(item: dict, annotation: dict | None, place: str) -> Question:
@@ -306,30 +278,11 @@ def find_regions(
     found: dict[str, RegionSource] = {}
     opened: dict[Path, RegionSource] = {}
     for place in sorted(set(places)):
-        if given:
-            path = Path(given)
-        elif place == OWN:
-            raise DataError("regions of your own images: give them as --regions FOLDER")
-        else:
-            name = region_folder(place, boxes, dataset)
-            path = Path(data_path) / REGION_ROOT / name
-            packed = path.with_name(f"{name}.packed")
-            path = packed if packed.is_dir() and not zipped else path.with_name(f"{name}.zip") if zipped else path
+        path = region_path(place, data_path, boxes=boxes, dataset=dataset, zipped=zipped, given=given)
         if path not in opened:
             opened[path] = open_regions(path)
         found[place] = opened[path]
     return found
-
-
-def region_folder(place: str, boxes: str, dataset: str = VQA) -> str:
-    """Name of the folder of a place's box files."""
-    test = place == "test2015"
-    if boxes == "10-100ada":
-        return f"{'test2015' if test else 'trainval2014'}_resnet101_faster_rcnn_genome"
-    if boxes == "36":
-        train = "trainval2014" if dataset == VQA_CP else "trainval"
-        return f"{'test2015' if test else train}_resnet101_faster_rcnn_genome_36"
-    raise DataError(f'DATASET.BOXES {boxes!r:.40}: choose "10-100ada" or "36"')
 
 
 def _read_sizes(path: Path) -> dict[int, tuple[int, int]]:

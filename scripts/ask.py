@@ -75,6 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     if is_vle_folder(args.checkpoint):
         _ask_vle(args, picture)
         return
+    if is_vlbert_checkpoint(args.checkpoint):
+        raise DataError(
+            f"{args.checkpoint} is of VL-BERT, which needs regions of a detector beside the picture and is not offered "
+            "here: predict with scripts/vqa/test.py (docs/vlbert.md)"
+        )
     config = read_checkpoint_config(args.checkpoint)
     name = args.model or config.get("model")
     task = _task(args, config)
@@ -106,6 +111,14 @@ def is_vle_folder(checkpoint: str) -> bool:
     path = Path(checkpoint) / "config.json"
     content = read_json(path) if path.is_file() else None
     return isinstance(content, dict) and content.get("model_type") == "vle"
+
+
+def is_vlbert_checkpoint(checkpoint: str) -> bool:
+    """Whether these are the checkpoint folder of a VL-BERT run or weights inside it."""
+    from scripts.vlbert_files import ANSWERS, CONFIG, VOCABULARY
+
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    return all((folder / name).is_file() for name in (CONFIG, VOCABULARY, ANSWERS))
 
 
 def _ask_vle(args: argparse.Namespace, picture: "np.ndarray") -> None:

@@ -56,7 +56,9 @@ def truth(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """A text."""
+    """A text; nothing at all, as of KEY= on the command line, is none."""
+    if value is None:
+        raise ValueError('a text (write "" for an empty text, \'""\' in a shell)')
     if not isinstance(value, str):
         raise ValueError("a text")
     return value

@@ -43,8 +43,8 @@ parser_of() {
         run_llava_lora.py) echo scripts.llava_args ;;
         main.py) echo scripts.baseline_args ;;
         model_vqa_loader.py) echo scripts.model_vqa_loader ;;
-        train_end2end.py) echo scripts.vlbert_args ;;
-        test.py) echo scripts.vlbert_args:parse_test_args ;;
+        train_end2end.py) echo scripts.vlbert_args:training_args ;;
+        test.py) echo scripts.vlbert_args:prediction_args ;;
     esac
 }
 

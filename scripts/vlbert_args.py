@@ -2,10 +2,13 @@
 
 import argparse
 import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from engine.errors import EngineError
 from scripts.arguments import (
     HelpFormatter,
     OneLineParser,
@@ -19,6 +22,7 @@ from scripts.arguments import (
     switch,
 )
 from scripts.vlbert_config import SCHEMA, as_yaml, find_config, read_config
+from scripts.vlbert_files import find_prediction_files, find_training_files
 
 DEFAULT_CONFIG = "cfgs/vqa/base_4X16G_fp32.yaml"
 DEFAULT_MODEL_DIR = "output"
@@ -78,7 +82,7 @@ def build_test_parser() -> argparse.ArgumentParser:
     group.add_argument("--split", help="image set, or a .jsonl file of one's own (default: DATASET.TEST_IMAGE_SET)")
     group.add_argument("--annotations", help="v2_mscoco_*_annotations.json, for the official accuracy")
     group.add_argument("--bs", type=positive_int, help="samples per process (default: TEST.BATCH_IMAGES)")
-    group.add_argument("--result-path", dest="result_path", help="folder of the results (default: test of the run)")
+    group.add_argument("--result-path", dest="result_path", help="folder of the results (default: test, see docs)")
     group.add_argument("--result-name", dest="result_name", help="beginning of their names (default: the config's)")
     switch(group, "auto_resume", default=True, help="go on with a prediction that was stopped (--no_auto_resume: anew)")
     group.add_argument("--gpus", nargs="+", help=argparse.SUPPRESS)
@@ -126,6 +130,26 @@ def parse_test_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Settings of a prediction."""
     args = build_test_parser().parse_args(argv)
     return _settled(args, build_test_parser(), training=False)
+
+
+def training_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """``parse_args``, and every file that the settings name is there."""
+    return _found(parse_args(argv), build_parser(), find_training_files)
+
+
+def prediction_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """``parse_test_args``, and every file that the settings name is there."""
+    return _found(parse_test_args(argv), build_test_parser(), find_prediction_files)
+
+
+def _found(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, find: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    try:
+        find(args)
+    except (DataError, EngineError) as error:
+        parser.error(str(error))
+    return args
 
 
 def _settled(args: argparse.Namespace, parser: argparse.ArgumentParser, *, training: bool) -> argparse.Namespace:
@@ -218,6 +242,19 @@ def output_folder(args: argparse.Namespace) -> Path:
     return model_dir.joinpath(*parts, name, f"{trained_on}_train")
 
 
+def _result_folder(args: argparse.Namespace) -> Path:
+    """``test`` beside the run's checkpoint-best, ``test-<name>`` beside any other weights.
+
+    So predictions of one configuration with several weights never replace each other.
+    """
+    if not args.ckpt:
+        return args.run_dir / "test"
+    weights = Path(os.path.abspath(args.ckpt))  # "." has no name; a link keeps its own
+    if (weights.parent / "manifest.json").is_file():  # a file inside a checkpoint, which is left as it was written
+        weights = weights.parent
+    return weights.with_name("test" if weights.name == "checkpoint-best" else f"test-{weights.name}")
+
+
 def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     """Names under which the parts that all families share look their settings up."""
     config = args.config
@@ -234,7 +271,7 @@ def _fill_in_shared(args: argparse.Namespace, *, training: bool) -> None:
     args.batch_size, args.update_freq = train["BATCH_IMAGES"], train["GRAD_ACCUMULATE_STEPS"]
     if not training:
         args.eval_batch_size = args.bs or config["TEST"]["BATCH_IMAGES"]
-        args.output_dir = args.result_path or str(args.run_dir / "test")
+        args.output_dir = args.result_path or str(_result_folder(args))
         args.eval_split = args.split or config["DATASET"]["TEST_IMAGE_SET"]
         args.finetune = args.ckpt or str(args.run_dir / "checkpoint-best")
         if args.gpus:

@@ -21,12 +21,20 @@ from models.vlbert.fast_rcnn import HEAD, FastRCNN, FastRCNNConfig, blocks_of, w
 from models.vlbert.loading import classifier_from_words, load_bert, load_pretrained
 from models.vlbert.vlbert import EncoderConfig, VLBertConfig
 from models.vlbert.vqa import COUNTS, POLICY, AdaptiveVQA, SpecialIds, VLBertForVQA
+from scripts.vlbert_files import (
+    ANSWERS,
+    BERT_HINT,
+    PRETRAINED_HINT,
+    VOCABULARY,
+    bert_file,
+    pretrained_file,
+    require_weights,
+    resnet_file,
+    vocabulary_file,
+)
 
-VOCABULARY, ANSWERS, CONFIG = "vocab.txt", "answers_vqa.txt", "config.yaml"  # also beside the weights of a checkpoint
-_BERT_FILE = "pytorch_model.bin"
 _KEYS = "state_dict|model|module"
 _CNN = "image_feature_extractor."
-_IMAGE_HINT = "give the ResNet's weights as NETWORK.IMAGE_PRETRAINED, or --from_scratch"
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,7 @@ def load_tokenizer(config: dict[str, Any], checkpoint: Path | None = None) -> Wo
     Raises:
         DataError: missing, broken, or with more words than the network has.
     """
-    path = Path(config["NETWORK"]["BERT_MODEL_NAME"]) / VOCABULARY
-    if checkpoint is not None and (checkpoint / VOCABULARY).is_file():
-        path = checkpoint / VOCABULARY
+    path = vocabulary_file(config, checkpoint)
     tokenizer = WordPieceTokenizer.load(path)
     rows = min(config[part]["VLBERT"]["vocab_size"] for part in ("NETWORK", "POLICY"))
     if tokenizer.vocab_size > rows:
@@ -165,12 +171,12 @@ def load_first_weights(model: nn.Module, args: argparse.Namespace, words: Vocabu
     if not args.from_scratch:
         if not network["IMAGE_FEAT_PRECOMPUTED"]:
             _load_cnn(model, network)
-        pretrained = network["PARTIAL_PRETRAIN"] if args.partial_pretrain is None else args.partial_pretrain
+        pretrained = pretrained_file(args)
         _load_bert_file(model, network, required=not pretrained)
         if pretrained:
             _from(
                 pretrained,
-                "--partial-pretrain or NETWORK.PARTIAL_PRETRAIN",
+                PRETRAINED_HINT,
                 partial(_load_pretrained_file, model, changes=network["PARTIAL_PRETRAIN_PREFIX_CHANGES"]),
             )
     if network["CLASSIFIER_PRETRAINED"]:
@@ -182,13 +188,11 @@ def load_first_weights(model: nn.Module, args: argparse.Namespace, words: Vocabu
 
 
 def _load_bert_file(model: nn.Module, network: dict[str, Any], *, required: bool) -> None:
-    path = Path(network["BERT_MODEL_NAME"]) / _BERT_FILE
-    if network["BERT_PRETRAINED"]:
-        path = Path(f"{network['BERT_PRETRAINED']}-{network['BERT_PRETRAINED_EPOCH']:04d}.model")
+    path = bert_file(network)
     if not path.is_file() and not required:
         say(f"note: no {path}: all weights come from PARTIAL_PRETRAIN")
         return
-    _from(path, "NETWORK.BERT_MODEL_NAME is its folder", lambda state, _: load_bert(model, state))
+    _from(path, BERT_HINT, lambda state, _: load_bert(model, state))
 
 
 def _load_pretrained_file(model: nn.Module, state: dict[str, Tensor], path: str, *, changes: list[str]) -> Any:
@@ -201,8 +205,7 @@ def _load_pretrained_file(model: nn.Module, state: dict[str, Tensor], path: str,
 
 
 def _from(path: str | Path, hint: str, load: Any) -> None:
-    if not Path(path).exists():
-        raise EngineError(f"no weights at {path} ({hint}): fetch them, or start from random weights by --from_scratch")
+    require_weights(path, hint)
     try:
         state = read_state_dict(path, model_key=_KEYS)
     except EngineError as error:
@@ -217,9 +220,7 @@ def _from(path: str | Path, hint: str, load: Any) -> None:
 
 def _load_cnn(model: nn.Module, network: dict[str, Any]) -> None:
     """Give ResNet weights to every network that looks at the image."""
-    if not network["IMAGE_PRETRAINED"]:
-        raise EngineError(f"the image path begins with a trained ResNet, nothing is downloaded: {_IMAGE_HINT}")
-    path = Path(f"{network['IMAGE_PRETRAINED']}-{network['IMAGE_PRETRAINED_EPOCH']:04d}.model")
+    path = resnet_file(network)
     state = read_state_dict(path, model_key=_KEYS)
     backbone = {f"backbone.{name}": value for name, value in state.items()}
     head = {f"{HEAD}{name.removeprefix('layer4.')}": v for name, v in state.items() if name.startswith("layer4.")}

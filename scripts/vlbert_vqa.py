@@ -35,7 +35,8 @@ from models.losses import vqa_loss
 from models.vlbert.vqa import AdaptiveVQA
 from scripts.loaders import build_loader
 from scripts.report.usage import make_usage, write_usage, write_usage_page
-from scripts.vlbert_model import ANSWERS, Vocabularies, longest_question
+from scripts.vlbert_files import ANSWERS, NO_ANSWERS
+from scripts.vlbert_model import Vocabularies, longest_question
 from scripts.vqa_evaluation import answer_split, evaluate, target_scores
 
 BEST_METRIC = "score"
@@ -76,7 +77,7 @@ def load_answers(args: argparse.Namespace, questions: Sequence[Question], checkp
     if checkpoint is not None and (checkpoint / ANSWERS).is_file():
         return AnswerList.load(checkpoint / ANSWERS)
     if not settings["ANSWER_VOCAB_FILE"]:
-        raise DataError("no answer list: give DATASET.ANSWER_VOCAB_FILE, or --build_answers 9")
+        raise DataError(NO_ANSWERS)
     return AnswerList.load(settings["ANSWER_VOCAB_FILE"], size)
 
 

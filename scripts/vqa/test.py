@@ -12,13 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.program import hide_interrupts, run
-from scripts.vlbert_args import parse_test_args
+from scripts.vlbert_args import prediction_args
 
 if __name__ == "__main__":
     hide_interrupts()
-    parse_test_args()  # --help and mistakes answer at once, before torch is imported
+    prediction_args()  # --help, mistakes and missing files answer at once, before torch is imported
 
-from data.errors import DataError
 from engine import distributed, stop
 from engine.backend import resolve_precision
 from engine.folder_lock import released_at_the_end
@@ -27,19 +26,18 @@ from engine.run_folder import prepare_run_folder
 from scripts import vlbert_vqa
 from scripts.start import autocast_of, start_processes
 from scripts.vlbert_config import check_same_model
-from scripts.vlbert_model import CONFIG, Vocabularies, build_network, load_tokenizer, load_trained_weights
+from scripts.vlbert_files import CONFIG
+from scripts.vlbert_model import Vocabularies, build_network, load_tokenizer, load_trained_weights
 
 
 @released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Load, predict, write."""
-    args = parse_test_args(argv)
+    args = prediction_args(argv)
     device = start_processes(args)
     dtype = resolve_precision(args.amp, device)
     for note in args.notes:
         say(f"note: {note}")
-    if not Path(args.finetune).exists():
-        raise DataError(f"no checkpoint at {args.finetune}: give one as --ckpt, or train with this config first")
     folder = Path(args.finetune) if Path(args.finetune).is_dir() else None
     if folder is not None:
         check_same_model(folder / CONFIG, args.config)

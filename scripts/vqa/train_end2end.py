@@ -15,11 +15,11 @@ import argparse
 import json
 
 from scripts.program import hide_interrupts, run
-from scripts.vlbert_args import parse_args, schedule_steps
+from scripts.vlbert_args import schedule_steps, training_args
 
 if __name__ == "__main__":
     hide_interrupts()
-    parse_args()  # --help and mistakes answer at once, before torch is imported
+    training_args()  # --help, mistakes and missing files answer at once, before torch is imported
 
 import torch
 
@@ -39,8 +39,8 @@ from scripts.backends import build_backend
 from scripts.recompute import apply_recompute
 from scripts.start import autocast_of, open_run_folder, precision_name, start_processes
 from scripts.vlbert_config import as_yaml, check_same_model
+from scripts.vlbert_files import CONFIG
 from scripts.vlbert_model import (
-    CONFIG,
     Vocabularies,
     build_network,
     check_same_answers,
@@ -54,7 +54,7 @@ from scripts.wandb_log import WandbLog
 @released_at_the_end()
 def main(argv: list[str] | None = None) -> None:
     """Start, build network and policy, train."""
-    args = parse_args(argv)
+    args = training_args(argv)
 
     # ---- 1. processes, device, seed ----
     device = start_processes(args, group_of_one=args.enable_deepspeed)

@@ -12,8 +12,9 @@ from data.own_vqa import own_answer
 from data.tokenizers.wordpiece import WordPieceTokenizer
 from data.vlbert_answers import AnswerList
 from data.vlbert_dataset import VLBertCollate, VLBertDataset
+from data.vlbert_files import region_folder
 from data.vlbert_samplers import ShardBatchSampler
-from data.vlbert_vqa import Question, RegionPlaces, make_records, read_own_questions, read_questions, region_folder
+from data.vlbert_vqa import Question, RegionPlaces, make_records, read_own_questions, read_questions
 from tests.data.vqav2_tree import annotation, edit_json, question, write_json, write_vqav2
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] is the cat left right or ? circle red on".split()

@@ -9,6 +9,7 @@ from data.errors import DataError
 from data.tokenizers.spm import XLMRTokenizer
 from scripts import ask
 from tests.data.vqav2_tree import SPM
+from tests.scripts.vlbert_run import trained_run
 from tests.scripts.vqa_run import drawn_data, trained_checkpoint
 
 
@@ -78,3 +79,11 @@ def test_each_question_gets_its_answers(capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["question"] for line in lines] == ["what color is the star?", "is there a star?"]
     assert all(len(line["top"]) == 2 and line["top"][0][1] >= line["top"][1][1] for line in lines)
+
+
+@pytest.mark.parametrize("name", ["", "model.pth"])
+def test_a_checkpoint_of_vlbert_is_refused_as_such(picture, name):
+    checkpoint = trained_run() / "checkpoint-best" / name
+    with pytest.raises(DataError) as error:
+        ask.main(["--checkpoint", str(checkpoint), "--image", picture, "--question", "what?"])
+    assert str(error.value).startswith(f"{checkpoint} is of VL-BERT, which needs regions of a detector")

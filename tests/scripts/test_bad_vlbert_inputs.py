@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.vlbert_vqa import REGION_ROOT, region_folder
+from data.vlbert_files import REGION_ROOT, region_folder
 from tests.scripts.bad_inputs import BadInputs, failure
 from tests.scripts.vlbert_run import drawn_regions, predict, predict_flags, program, run_dir, train_flags, trained_run
 from tests.scripts.vqa_run import tree
@@ -254,6 +254,64 @@ def a_bert_folder_without_words(case):
     return case.train()
 
 
+@bad(r"no such file: .*v2_mscoco_val2014_annotations.json: give the folder above vqa/")
+def validation_without_its_annotations(case):
+    (case.data / "vqa" / "v2_mscoco_val2014_annotations.json").unlink()
+    return case.train()
+
+
+@bad(r"no folder of box files at .*genome: see docs/datasets.md")
+def box_files_that_are_not_there(case):
+    shutil.rmtree(case.boxes)
+    return case.train()
+
+
+@bad(r"no answer list at none.txt: give DATASET.ANSWER_VOCAB_FILE")
+def an_answer_file_that_is_not_there(case):
+    flags = case.train("--set=DATASET.ANSWER_VOCAB_FILE=none.txt")
+    at = flags.index("--build_answers")
+    return flags[:at] + flags[at + 2 :]
+
+
+@bad(r'ANSWER_VOCAB_FILE must be a text \(write "" for an empty text, .* in a shell\), got None')
+def a_text_that_is_left_out(case):
+    return case.train("--set=DATASET.ANSWER_VOCAB_FILE=")
+
+
+@bad(r"no weights at none-0000.model \(NETWORK.IMAGE_PRETRAINED is the beginning of its name\)")
+def a_resnet_that_is_not_there(case):
+    flags = case.train("--set=NETWORK.IMAGE_FEAT_PRECOMPUTED=false", "--set=NETWORK.IMAGE_PRETRAINED=none")
+    flags.remove("--from_scratch")
+    return flags
+
+
+@bad(r"no such file: none.jsonl: give a .jsonl file of your questions")
+def own_questions_that_are_not_there(case):
+    return case.train("--train_file", "none.jsonl", "--no_validation", "--regions", case.boxes)
+
+
+@bad(r"no such file: none.jsonl: give a .jsonl file of your questions")
+def own_questions_to_predict_that_are_not_there(case):
+    return case.predict("--split", "none.jsonl", "--regions", case.boxes)
+
+
+@bad(r"regions of your own images: give them as --regions FOLDER")
+def own_questions_to_predict_without_regions(case):
+    (case.tmp / "own.jsonl").write_text('{"image": "1.jpg", "question": "red?"}\n')
+    return case.predict("--split", case.tmp / "own.jsonl")
+
+
+@bad(r"no such file: none.json: give the file as --annotations")
+def annotations_that_are_not_there(case):
+    return case.predict("--annotations", "none.json")
+
+
+MISSING_FILES = (
+    *("data_that_are_not_there", "validation_without_its_annotations", "box_files_that_are_not_there"),
+    *("an_answer_file_that_is_not_there", "a_bert_folder_without_words", "no_weights_to_begin_from"),
+)
+
+
 @bad(r"vocab.txt has \d+ words, the network 20 \(VLBERT.vocab_size\)")
 def more_words_than_rows(case):
     return case.train("--set=NETWORK.VLBERT.vocab_size=20")
@@ -486,3 +544,4 @@ def test_bad_input_ends_with_one_line_and_changes_nothing(name, tmp_path, capsys
     left = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
     assert left <= ({"run.json"} if name in FOUND_AT_A_SAMPLE else set())
     assert not (tmp_path / "spoilt").exists()
+    assert name not in MISSING_FILES or not (tmp_path / "new").exists()

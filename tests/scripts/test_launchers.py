@@ -302,6 +302,26 @@ def test_missing_data_is_one_line_and_exit_code_2_before_anything_starts(tmp_pat
 
 
 @pytest.mark.parametrize(
+    "words", [("dist_run_single.sh", "2"), ("dist_run_multi.sh", "2", "0", "127.0.0.1", "1"), ("nondist_run.sh",)]
+)
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (
+            "train_end2end.py",
+            "no such file: data/coco/vqa/v2_OpenEnded_mscoco_train2014_questions.json: give",
+        ),
+        ("test.py", "no checkpoint at output/vl-bert/vqa/base_4X16G_fp32/train2014_train/checkpoint-best: give one"),
+    ],
+)
+def test_missing_files_of_vlbert_are_found_before_anything_starts(tmp_path, words, program, message):
+    done = bash(*words, f"vqa/{program}", "cfgs/vqa/base_4X16G_fp32.yaml", "output", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("script", "message"),
     [
         ("finetune_vqav2.sh", "no weights at beit3_base_patch16_224.pth: give --finetune"),

@@ -245,3 +245,20 @@ def test_yaml_floats_without_a_point_are_numbers(tmp_path):
     path.write_text("TRAIN:\n  LR: 1e-6\n")
     assert isinstance(yaml.safe_load(path.read_text())["TRAIN"]["LR"], str)  # YAML 1.1
     assert read_config(path)["TRAIN"]["LR"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weights", "folder"),
+    [
+        ("other/checkpoint-best", "other/test"),
+        ("other/checkpoint-3/", "other/test-checkpoint-3"),
+        ("other/checkpoint-3/model.pth", "other/test-checkpoint-3"),
+        ("bought.model", "test-bought.model"),
+    ],
+)
+def test_results_stand_beside_the_weights_that_are_given_under_their_name(tmp_path, monkeypatch, weights, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-3" / "manifest.json").touch()
+    assert parse_test_args(["--ckpt", weights]).output_dir == str(tmp_path / folder)
+    assert parse_test_args(["--ckpt", weights, "--result-path", "mine"]).output_dir == "mine"

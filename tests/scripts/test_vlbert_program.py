@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.models import resnet50
 
-from data.vlbert_vqa import REGION_ROOT
+from data.vlbert_files import REGION_ROOT
 from data.vqav2_files import ANSWERS_FILE, QUESTION_FILE
 from engine.weights import read_state_dict
 from models.errors import ModelError
@@ -122,6 +122,16 @@ def test_a_checkpoint_brings_words_answers_and_settings_with_it(tmp_path):
     one, two = (json.loads((tmp_path / f"{name}_vqa2_test2015.json").read_text()) for name in "ab")
     assert one == two
     assert len(one) == 9
+
+
+def test_predictions_with_other_weights_leave_those_of_the_run_alone(tmp_path):
+    own, other = run_dir(tmp_path), tmp_path / "other"
+    for run in (own, other):
+        shutil.copytree(trained_run(), run)
+    predict(*predict_flags(tmp_path, "--limit_samples", 9))
+    predict(*predict_flags(tmp_path, "--limit_samples", 5, "--ckpt", other / "checkpoint-best"))
+    for run, questions in ((own, 9), (other, 5)):
+        assert len(json.loads((run / "test" / "drawn_vqa2_test2015.json").read_text())) == questions
 
 
 def test_a_checkpoint_of_the_originals_trainer_predicts_the_same(tmp_path):
