@@ -88,13 +88,16 @@ def main(argv: list[str] | None = None) -> None:
         }
         for index, row in rows.items()
     ]
+    # the curve is of val; which data set a run of NoCaps was validated on, its log does not say
+    where = {("coco_captioning", "val"): "", ("nocaps", args.split): f" of NoCaps {args.split}"}
+    level = "one caption for all" + where.get((args.task, args.split), f" of {args.split}")
     curves = draw_curves(
         log,
         score_key="val_CIDEr",
         score_name="CIDEr on val",
         axis="CIDEr, times 100",
         panel_title="CIDEr",
-        levels={"one caption for all": scores["One caption for all"].corpus["CIDEr"]},
+        levels={level: scores["One caption for all"].corpus["CIDEr"]},
     )
     page = render_page(
         cards,

@@ -85,7 +85,11 @@ def main(argv: list[str] | None = None) -> None:
 
     print(format_table(names, table))
     overall = dict(zip(names, table[0]["scores"], strict=True))
-    levels = {"question-only prior": overall["Question only"], "shuffled images": overall.get("Shuffled images")}
+    where = "" if args.split == "val" else f" of {args.split}"  # the curve is of val
+    levels = {
+        f"question-only prior{where}": overall["Question only"],
+        f"shuffled images{where}": overall.get("Shuffled images"),
+    }
     curves = draw_curves(log, levels=levels)
     page = render_page(
         rows,

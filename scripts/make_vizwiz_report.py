@@ -327,17 +327,18 @@ def score_table(
 
 
 def text_rows(predictions: dict[str, str], items: list[Item]) -> list[Any]:
-    """The most frequent answers, the longest and the shortest, as the page's second table has them."""
+    """The most frequent answers, the longest and the shortest, as the page's second table has them.
+
+    The most frequent alone where these are all answers that there are.
+    """
     from scripts.report.vizwiz_page import TextRow
 
     counts = Counter(predictions.values())
     example = {predictions[item.name]: item.question for item in reversed(items)}  # the first one stays
     longest = sorted(counts, key=lambda text: (-len(text), text))
-    groups = {
-        "most frequent": [text for text, _ in counts.most_common(NUM_TEXTS)],
-        "longest": longest[:NUM_TEXTS],
-        "shortest": longest[::-1][:NUM_TEXTS],
-    }
+    groups = {"most frequent": [text for text, _ in counts.most_common(NUM_TEXTS)]}
+    if len(counts) > NUM_TEXTS:
+        groups |= {"longest": longest[:NUM_TEXTS], "shortest": longest[::-1][:NUM_TEXTS]}
     return [TextRow(group, text, counts[text], example[text]) for group, texts in groups.items() for text in texts]
 
 

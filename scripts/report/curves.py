@@ -115,7 +115,7 @@ def draw_curves(
 
 def _draw_loss(panel, log: RunLog) -> None:
     points = [(row["step"], row["loss"]) for row in log.intervals if _is_finite(row.get("loss"))]
-    if points and log.epochs:
+    if len(points) > 1 and log.epochs:  # one point makes no line
         panel.plot(
             _epochs_of(points, log), [y for _, y in points], color=BLUE, alpha=0.35, lw=1, label="per logging interval"
         )
@@ -155,7 +155,12 @@ def _draw_score(panel, log: RunLog, key: str, name: str, levels: dict[str, float
         panel.plot(epochs, percent, color=ORANGE, marker="o", ms=3.5, lw=1.8, label=name)
         best = max(range(len(percent)), key=percent.__getitem__)
         panel.annotate(
-            f"best {percent[best]:.1f}", (epochs[best], percent[best]), (0, -14), textcoords="offset points", ha="right"
+            f"best {percent[best]:.1f}",
+            (epochs[best], percent[best]),
+            (0, 5),  # above: the whole curve lies below its best point
+            textcoords="offset points",
+            ha="right" if 2 * epochs[best] > epochs[-1] else "left",  # towards the middle, inside the axes
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # a level may pass behind the words
         )
     for (level, value), dash in zip(levels.items(), ("--", ":"), strict=False):
         if value is not None:

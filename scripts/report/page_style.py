@@ -63,8 +63,8 @@ li { position: relative; display: flex; justify-content: space-between; gap: 8px
   padding: 2px 7px; margin-bottom: 2px; }
 li span, li small { position: relative; z-index: 1; }
 li span { overflow-wrap: anywhere; }
-li i { position: absolute; inset: 0 auto 0 0; width: var(--share); min-width: 2px; background: var(--bar);
-  border-radius: 3px; }
+li i { position: absolute; inset: 0 auto 0 0; width: calc(0.75 * var(--share)); /* a full bar ends before the note */
+  min-width: 2px; background: var(--bar); border-radius: 3px; }
 li.hit i { background: var(--hit); }
 li.hit span { font-weight: 650; }
 li small { font-size: inherit; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -113,8 +113,8 @@ def draw_strategies(rows: list[StrategyRun], heading: str) -> bytes:
         try:
             places = range(len(rows))
             left.hlines(places, [row.val for row in rows], [row.train for row in rows], color="#d1d5db", lw=3, zorder=1)
-            left.scatter([row.train for row in rows], places, color=ORANGE, s=36, label="training batches", zorder=2)
-            left.scatter([row.val for row in rows], places, color=BLUE, s=36, label="validation", zorder=3)
+            left.scatter([row.train for row in rows], places, color=BLUE, s=36, label="training batches", zorder=2)
+            left.scatter([row.val for row in rows], places, color=ORANGE, s=36, label="validation", zorder=3)
             left.set_yticks(places, [row.name for row in rows])
             left.invert_yaxis()
             left.set_xlabel("soft accuracy (%)")

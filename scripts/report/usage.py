@@ -102,8 +102,9 @@ def write_usage_page(folder: Path, *, newest: Usage | None = None, title: str = 
         for usage in reversed(found)
         if (folder / f"{usage.stem}.png").is_file()
     )
+    parts = _PARTS_LINE if len(found[0].shares[0]) > 1 else ""
     with open_atomic(folder / PAGE) as file:
-        file.write(_PAGE.format(title=html.escape(title), style=STYLE, curves=curves, maps=maps))
+        file.write(_PAGE.format(title=html.escape(title), style=STYLE, parts=parts, curves=curves, maps=maps))
 
 
 def _same_kind(one: Usage, other: Usage) -> bool:
@@ -234,6 +235,8 @@ def _image(content: bytes, text: str) -> str:
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{b64encode(content).decode()}">'
 
 
+_PARTS_LINE = "<br>AH: attention heads, AO: attention output, INT: intermediate, OP: output."
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}
@@ -246,7 +249,8 @@ main {{ padding-top: 44px; }}
 .maps figcaption {{ color: #4b5563; font-size: .85rem; }}
 </style></head><body><main><h1>{title}</h1>
 <p class="subtitle">Darker is more fine-tuning (of a block that may be left out: more use). The colour scale is the same
-in all pictures; decisions in training are drawn, in validation they are the most probable ones.</p>
+in all pictures; decisions in training are drawn, in validation they are the most probable ones. Epochs count
+from 0, as in the files' names.{parts}</p>
 <figure class="curves" tabindex="0">{curves}</figure>
 <div class="maps">{maps}</div></main></body></html>
 """

@@ -6,8 +6,11 @@ import shutil
 
 import pytest
 
+from data import caption_references
+from data.caption_references import CaptionReferences
 from data.errors import DataError
 from scripts import make_caption_report
+from scripts.report import curves
 from scripts.report.caption_page import render_page
 from scripts.report.caption_priors import best_constant_caption
 from tests.scripts.caption_run import NUM_VAL, caption_data, eval_flags, trained_captioner
@@ -40,6 +43,26 @@ def test_the_report_has_scores_of_model_and_constant_and_every_image(run, tmp_pa
     assert "://" not in re.sub(r"data:image/[^\"]*", "", page)
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "One caption for all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("which", "end"),
+    [
+        (["--split", "val"], ""),
+        (["--split", "test"], " of test"),
+        (["--split", "val", "--task", "nocaps"], " of NoCaps val"),
+    ],
+)
+def test_the_level_of_another_split_than_the_curve_says_so(run, tmp_path, monkeypatch, which, end):
+    drawn = {}
+    monkeypatch.setattr(curves, "draw_curves", lambda log, **options: drawn.update(options) or b"")
+    rows = read_lines(run / "captions_coco_captioning_val.jsonl")
+    references = CaptionReferences({row["image_id"]: ("a red star",) for row in rows}, {})
+    monkeypatch.setattr(caption_references, "read_caption_references", lambda *_: references)
+    argv = ["--run", str(run), "--data_path", str(caption_data()), "--output", str(tmp_path / "out"), *which]
+    captions = run / "captions_coco_captioning_val.jsonl"
+    make_caption_report.main([*argv, "--predictions", str(captions)])
+    assert list(drawn["levels"]) == [f"one caption for all{end}"]
 
 
 def test_captions_come_worst_first_in_three_parts():

@@ -168,6 +168,39 @@ def test_the_axis_of_scores_reaches_above_the_curve_and_every_level(score, prior
     assert panel.get_ylim() == (0, pytest.approx(top))
 
 
+@pytest.mark.parametrize(
+    "percent",
+    [[50, 60, 72.5], [30, 72, 72.5], [72.5, 72.5, 72.5], [72.5, 60, 50], [72.5], [10, 99, 100], [1, *range(55, 64)]],
+)
+def test_the_label_of_the_best_epoch_stands_clear_of_the_curve_and_inside_the_panel(percent, monkeypatch):
+    from matplotlib import pyplot
+
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    curves.draw_curves(curves.RunLog([{"epoch": i, "val_score": value / 100} for i, value in enumerate(percent)], []))
+    monkeypatch.undo()
+    panel = kept[0].axes[1]
+    label, line = panel.texts[0].get_window_extent(), panel.lines[0]
+    pyplot.close(kept[0])
+    assert label.y0 > panel.transData.transform((0, max(percent)))[1]
+    assert not line.get_transform().transform_path(line.get_path()).intersects_bbox(label, filled=False)
+    assert panel.bbox.x0 <= label.x0
+    assert label.x1 <= panel.bbox.x1
+    assert label.y1 <= panel.bbox.y1
+
+
+@pytest.mark.parametrize(
+    ("steps", "names"), [(1, ["mean of the epoch"]), (2, ["per logging interval", "mean of the epoch"])]
+)
+def test_a_single_logging_interval_has_no_entry_in_the_legend(steps, names):
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    intervals = [{"epoch": 0, "step": step, "loss": 1.0} for step in range(1, steps + 1)]
+    curves._draw_loss(panel, curves.RunLog([{"epoch": 0, "train_loss": 1.0}], intervals))
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == names
+
+
 def test_steps_are_placed_by_the_last_step_of_the_finished_epochs():
     log = curves.RunLog(
         epochs=[{"epoch": 0}, {"epoch": 1}],
@@ -368,6 +401,16 @@ def test_the_report_shows_top_answers_and_the_column_of_shuffled_images(drawing,
     scores = dict(zip(summary["columns"], summary["rows"][0]["scores"], strict=True))
     assert (scores["Model"], scores["Shuffled images"]) == (1.0, 0.0)
     assert "zebra" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("split", "end"), [("val", ""), ("test", " of test")])
+def test_levels_of_another_split_than_the_curve_say_so(drawing, tmp_path, monkeypatch, split, end):
+    name = "v2_mscoco_val2014_annotations.json" if split == "val" else "drawn_test2015_annotations.json"
+    run_folder = make_run(tmp_path, answers_of(drawing, name), split)
+    drawn = {}
+    monkeypatch.setattr(curves, "draw_curves", lambda log, **options: drawn.update(options) or b"")
+    make_report.main(["--run", str(run_folder), "--data_path", str(drawing), "--split", split])
+    assert list(drawn["levels"]) == [f"question-only prior{end}", f"shuffled images{end}"]
 
 
 def test_shuffled_predictions_of_another_split_are_refused(drawing, tmp_path):

@@ -7,12 +7,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from data.errors import DataError
 from engine.errors import EngineError
 from scripts import compare_strategies
-from scripts.report.strategies import read_run
+from scripts.report.curves import BLUE, ORANGE
+from scripts.report.strategies import StrategyRun, draw_strategies, read_run
 from scripts.report.usage import ANCHORS, draw_heatmap, make_usage, read_usages, write_usage, write_usage_page
 from scripts.wandb_log import WandbLog
 from tests.scripts.vlbert_run import program as train
@@ -76,6 +78,15 @@ def test_what_an_earlier_run_of_another_kind_left_is_passed_over(tmp_path):
     assert (tmp_path / "index.html").read_text().count("<figcaption>") == 1
 
 
+@pytest.mark.parametrize(("strategy", "width"), [("SpotTune", 5), ("BlockDrop", 1)])
+def test_the_page_explains_its_epochs_and_the_parts_it_names(tmp_path, strategy, width):
+    write_usage(tmp_path, make_usage(strategy, "val", 0, [4] * 2 * width, 4, 2))
+    write_usage_page(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "Epochs count from 0, as in the files' names." in " ".join(page.split())
+    assert ("AH: attention heads, AO: attention output, INT: intermediate, OP: output" in page) == (width > 1)
+
+
 def test_nothing_is_drawn_without_numbers(tmp_path):
     write_usage_page(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -107,6 +118,18 @@ def test_a_table_and_a_plot_of_runs(tmp_path, capsys):
     assert f"| {rows[0].train:.2f} | {rows[0].val:.2f} | {rows[0].train - rows[0].val:.2f} |" in table
     assert Image.open(tmp_path / "out" / "strategies.png").size[0] > 600
     assert "wrote" in capsys.readouterr().out
+
+
+def test_training_and_validation_have_the_colours_of_the_curves(monkeypatch):
+    drawn, scatter = {}, Axes.scatter
+
+    def keep(panel, *places, color, label, **style):
+        drawn[label] = color
+        return scatter(panel, *places, color=color, label=label, **style)
+
+    monkeypatch.setattr(Axes, "scatter", keep)
+    draw_strategies([StrategyRun("standard", 60.0, 50.0, 1, 0, 0, None, 0.1, 100.0)], "heading")
+    assert drawn == {"training batches": BLUE, "validation": ORANGE}
 
 
 def test_runs_that_are_not_there_are_named(tmp_path):

@@ -132,14 +132,23 @@ def test_types_of_the_file_win(folder):
     assert [row["name"] for row in summary["rows"] if row["group"] == "answer type"] == ["other"]
 
 
-def test_the_longest_and_shortest_answers_are_listed(folder):
+def test_the_longest_and_shortest_answers_are_listed(folder, monkeypatch):
+    monkeypatch.setattr(make_vizwiz_report, "NUM_TEXTS", 3)
     page, summary = make(folder)
     groups = {}
     for row in summary["answers"]:
         groups.setdefault(row["group"], []).append(row["answer"])
-    assert groups["longest"] == sorted(ANSWERS.values(), key=len, reverse=True)
-    assert groups["shortest"] == groups["longest"][::-1]
+    by_length = sorted(ANSWERS.values(), key=len, reverse=True)
+    assert groups["longest"] == by_length[:3]
+    assert groups["shortest"] == by_length[:0:-1]
     assert "Red star." in re.search(r'<table class="texts">.*?</table>', page)[0]
+
+
+@pytest.mark.parametrize(("shown", "groups"), [(4, 1), (3, 3)])
+def test_answers_that_are_all_among_the_most_frequent_are_not_listed_again(folder, monkeypatch, shown, groups):
+    monkeypatch.setattr(make_vizwiz_report, "NUM_TEXTS", shown)
+    _, summary = make(folder)
+    assert len({row["group"] for row in summary["answers"]}) == groups
 
 
 def test_another_model_gets_a_column_and_a_line_on_each_card(folder):
