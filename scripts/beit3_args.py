@@ -426,8 +426,9 @@ def _find_defaults(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         args.sentencepiece_model = next((place for place in places if Path(place).is_file()), None)
         if args.sentencepiece_model is None:
             parser.error(f"no sentencepiece model at {' or '.join(places)}: give --sentencepiece_model")
-    resumes = not args.eval and args.auto_resume and any(Path(args.output_dir).glob("checkpoint-*/manifest.json"))
-    # a run that goes on takes its weights from its checkpoint and need not have the default ones any more
+    trains = not args.eval and not args.dry_run  # a dry run does not go on from a checkpoint
+    resumes = trains and args.auto_resume and any(Path(args.output_dir).glob("checkpoint-*/manifest.json"))
+    # a run that goes on takes its weights from there and need not have the default ones any more
     unused = args.finetune_is_default and resumes
     is_address = args.finetune.startswith(("http:", "https:"))
     if args.finetune and not is_address and not unused and not Path(args.finetune).exists():

@@ -336,6 +336,15 @@ def test_the_bare_command_finds_the_default_places_and_names_the_weights_that_la
     assert message in done.stderr
 
 
+def test_a_dry_run_needs_its_weights_where_a_run_would_go_on_from_a_checkpoint(tmp_path):
+    make_default_places(tmp_path, "data/vqav2")
+    (tmp_path / "output/vqav2/checkpoint-0").mkdir(parents=True)
+    (tmp_path / "output/vqav2/checkpoint-0/manifest.json").write_text("{}")
+    done = bash("finetune_vqav2.sh", "--dry_run", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no weights at beit3_base_patch16_224.pth: give --finetune" in done.stderr
+
+
 def test_a_missing_sentencepiece_model_is_named(tmp_path):
     (tmp_path / "dataset").mkdir()
     done = bash("prediction.sh", cwd=tmp_path)
