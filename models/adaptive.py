@@ -311,8 +311,8 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Dot product of each sample, (B, ...) twice -> (B,)."""
     if a.dtype != torch.float32:
         return (a * b).flatten(1).sum(1, dtype=torch.float32)
-    # as matrices: nothing of their size is made
-    return torch.bmm(a.flatten(1)[:, None], b.to(a.dtype).flatten(1)[:, :, None]).flatten()
+    # not torch.bmm, which MKL does at a twentieth of the speed on Intel's processors
+    return torch.linalg.vecdot(a.flatten(1), b.to(a.dtype).flatten(1))
 
 
 def _joined(one: Tensor, other: Tensor, ones: Tensor, others: Tensor) -> Tensor:
